@@ -1,0 +1,165 @@
+// The control socket's messages: options, reports and errors as JSON.
+#include "plugin/qemu/control.h"
+
+namespace qvmstate::qemu {
+namespace {
+
+struct CodeName {
+  ErrorCode code;
+  const char *name;
+};
+constexpr CodeName code_names[] = {
+    {ErrorCode::io, "io"},
+    {ErrorCode::no_space, "no-space"},
+    {ErrorCode::bad_image, "bad-image"},
+    {ErrorCode::bad_stream, "bad-stream"},
+    {ErrorCode::not_supported, "not-supported"},
+    {ErrorCode::locked, "locked"},
+    {ErrorCode::exists, "exists"},
+    {ErrorCode::not_found, "not-found"},
+    {ErrorCode::bad_argument, "bad-argument"},
+    {ErrorCode::permission, "permission"},
+    {ErrorCode::bad_state, "bad-state"},
+    {ErrorCode::peer, "peer"},
+    {ErrorCode::cancelled, "cancelled"},
+};
+
+constexpr const char *direct_names[] = {"auto", "on", "off"};
+constexpr const char *engine_names[] = {"auto", "io_uring", "threads"};
+
+template <class Enum, size_t count>
+Result<Enum> choice_from(const Json &arguments, const char *key,
+                         const char *const (&names)[count]) {
+  const std::string word = text_at(arguments, key, names[0]);
+  for (size_t i = 0; i < count; ++i) {
+    if (word == names[i]) {
+      return static_cast<Enum>(i);
+    }
+  }
+  return fail(ErrorCode::bad_argument, std::string("'") + key + "' cannot be '" + word + "'");
+}
+
+Json to_json(const DiskReport &disk) {
+  return {{"node", disk.node},
+          {"file", disk.file},
+          {"snapshot-id", disk.snapshot_id},
+          {"has-vmstate", disk.has_vmstate},
+          {"metadata-bytes", disk.metadata_bytes}};
+}
+
+}  // namespace
+
+Json to_json(const SaveOptions &options) {
+  return {{"name", options.name},
+          {"replace", options.replace},
+          {"vmstate-node", options.vmstate_node},
+          {"direct", direct_names[static_cast<size_t>(options.direct)]},
+          {"engine", engine_names[static_cast<size_t>(options.engine)]},
+          {"buffers", options.buffers},
+          {"depth", options.depth},
+          {"rate-limit", options.rate_limit_bytes_per_second}};
+}
+
+Result<SaveOptions> save_options_from(const Json &arguments) {
+  SaveOptions options;
+  for (const auto &[key, value] : arguments.items()) {
+    const bool known_text =
+        key == "name" || key == "vmstate-node" || key == "direct" || key == "engine";
+    const bool known_number = key == "buffers" || key == "depth" || key == "rate-limit";
+    if (!(known_text && value.is_string()) && !(known_number && value.is_number_unsigned()) &&
+        !(key == "replace" && value.is_boolean())) {
+      return fail(ErrorCode::bad_argument, "'save' cannot take the argument '" + key + "'");
+    }
+  }
+  options.name = text_at(arguments, "name");
+  if (options.name.empty()) {
+    return fail(ErrorCode::bad_argument, "'save' needs a name");
+  }
+  options.replace = flag_at(arguments, "replace");
+  options.vmstate_node = text_at(arguments, "vmstate-node");
+  QV_ASSIGN(options.direct, choice_from<io::DirectMode>(arguments, "direct", direct_names));
+  QV_ASSIGN(options.engine, choice_from<io::Engine>(arguments, "engine", engine_names));
+  options.buffers = number_at(arguments, "buffers", options.buffers);
+  const uint64_t depth = number_at(arguments, "depth", options.depth);
+  if (options.buffers < io::buffer_count_min || options.buffers > 1024 || depth < 1 ||
+      depth > 1024) {
+    return fail(ErrorCode::bad_argument, "'buffers' can be 2 to 1024 and 'depth' 1 to 1024");
+  }
+  options.depth = static_cast<unsigned>(depth);
+  options.rate_limit_bytes_per_second = number_at(arguments, "rate-limit");
+  return options;
+}
+
+Json to_json(const SaveReport &report) {
+  Json disks = Json::array();
+  for (const DiskReport &disk : report.disks) {
+    disks.push_back(to_json(disk));
+  }
+  return {{"name", report.name},
+          {"source", report.source},
+          {"machine-type", report.machine_type},
+          {"qemu-version", report.qemu_version},
+          {"was-running", report.was_running},
+          {"ram-bytes", report.ram_bytes},
+          {"data-pages", report.data_pages},
+          {"zero-pages", report.zero_pages},
+          {"untouched-pages", report.untouched_pages},
+          {"vmstate-bytes", report.vmstate_bytes},
+          {"copied-bytes", report.copied_bytes},
+          {"written-bytes", report.written_bytes},
+          {"pause-seconds", report.pause_seconds},
+          {"total-seconds", report.total_seconds},
+          {"data-seconds", report.data_seconds},
+          {"io-engine", report.io_engine},
+          {"disks", disks},
+          {"warnings", report.warnings}};
+}
+
+SaveReport save_report_from(const Json &value) {
+  SaveReport report;
+  report.name = text_at(value, "name");
+  report.source = text_at(value, "source");
+  report.machine_type = text_at(value, "machine-type");
+  report.qemu_version = text_at(value, "qemu-version");
+  report.was_running = flag_at(value, "was-running");
+  report.ram_bytes = number_at(value, "ram-bytes");
+  report.data_pages = number_at(value, "data-pages");
+  report.zero_pages = number_at(value, "zero-pages");
+  report.untouched_pages = number_at(value, "untouched-pages");
+  report.vmstate_bytes = number_at(value, "vmstate-bytes");
+  report.copied_bytes = number_at(value, "copied-bytes");
+  report.written_bytes = number_at(value, "written-bytes");
+  report.pause_seconds = real_at(value, "pause-seconds");
+  report.total_seconds = real_at(value, "total-seconds");
+  report.data_seconds = real_at(value, "data-seconds");
+  report.io_engine = text_at(value, "io-engine");
+  for (const Json &disk : at(value, "disks")) {
+    report.disks.push_back({text_at(disk, "node"), text_at(disk, "file"),
+                            text_at(disk, "snapshot-id"), flag_at(disk, "has-vmstate"),
+                            number_at(disk, "metadata-bytes")});
+  }
+  for (const Json &warning : at(value, "warnings")) {
+    report.warnings.push_back(text(warning));
+  }
+  return report;
+}
+
+Json to_json(const Error &error) {
+  const char *name = "io";
+  for (const CodeName &known : code_names) {
+    name = known.code == error.code ? known.name : name;
+  }
+  return {{"class", name}, {"desc", error.message}, {"errno", error.sys_errno}};
+}
+
+Error error_from(const Json &value) {
+  Error error = {ErrorCode::peer, static_cast<int>(number_at(value, "errno")),
+                 text_at(value, "desc", "the plugin gave no reason")};
+  const std::string name = text_at(value, "class");
+  for (const CodeName &known : code_names) {
+    error.code = name == known.name ? known.code : error.code;
+  }
+  return error;
+}
+
+}  // namespace qvmstate::qemu

@@ -1,0 +1,109 @@
+// Taking the disk images of a running QEMU, and giving them back.
+//
+// mark    an empty memfd in an fd set of QEMU says what was going on, should we die
+// stop    the guest stands; QEMU keeps its locks
+// take    xen-save-devices-state into that memfd: the device state, and, as the VM is stopped,
+// every
+//         block node inactive and its write locks dropped. Its return value does not prove that;
+//         the lock bytes (and from 10.0 on the nodes) do. Never called twice while inactive: 7.2
+//         aborts.
+// give_back   `cont`, or for a VM that was paused: activation without running. QEMU reads the qcow2
+//             metadata anew and takes its locks back. Also done by the destructor.
+//
+// Threads: one at a time.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "plugin/qemu/block_nodes.h"
+#include "plugin/qemu/descriptor.h"
+#include "plugin/qemu/qmp.h"
+#include "qcow2/image.h"
+#include "qcow2/io/file.h"
+#include "qcow2/io/result.h"
+#include "qcow2/locks.h"
+
+namespace qvmstate::qemu {
+
+/// How the words begin that an operation leaves in QEMU; then "running NAME" or "paused NAME".
+constexpr std::string_view mark_prefix = "qvmstate: was ";
+
+/// What the fd sets of operations in this QEMU say.
+struct Marks {
+  std::vector<uint64_t> fdsets;
+  bool was_running = false;
+};
+Result<Marks> find_marks(Qmp &qmp);
+/// Removes them, those of interrupted operations too. To call when the guest is as it was.
+void forget_marks(Qmp &qmp);
+
+/// Makes the images QEMU's again and lets the guest run, or not. Tries again for `patience` while
+/// somebody (the I/O of a killed saver) still holds a lock.
+Result<void> bring_back(Qmp &qmp, const std::vector<Disk> &disks, bool run, bool can_set_active,
+                        milliseconds patience);
+
+/// Whether this QEMU has blockdev-set-active (10.0).
+bool can_set_active(const Qmp &qmp);
+
+class Handover {
+ public:
+  Handover(Qmp &qmp, const std::vector<Disk> &disks, bool was_running)
+      : qmp_(qmp), disks_(disks), was_running_(was_running) {}
+  ~Handover();
+  Handover(const Handover &) = delete;
+  Handover &operator=(const Handover &) = delete;
+
+  Result<void> mark(const std::string &what);
+  Result<void> stop();
+  Result<void> take();
+  Result<void> give_back();
+
+  /// Device state, after take().
+  std::span<const std::byte> device_bytes() const { return device_bytes_; }
+
+ private:
+  Result<void> map_device_bytes();
+
+  Qmp &qmp_;
+  const std::vector<Disk> &disks_;
+  bool was_running_;
+  Descriptor memfd_;
+  uint64_t fdset_ = 0;
+  bool marked_ = false;
+  bool stopped_ = false;
+  bool taken_ = false;
+  std::span<const std::byte> device_bytes_;
+};
+
+/// The images while they are ours: open for writing, locked, read.
+class OwnedImages {
+ public:
+  static Result<OwnedImages> open(const std::vector<Disk> &disks, const io::OpenOptions &options);
+  const std::vector<qcow2::Image *> &images() const { return pointers_; }
+  io::File &file(size_t index) { return *files_[index]; }
+
+ private:
+  std::vector<std::unique_ptr<io::File>> files_;
+  std::vector<qcow2::ImageLock> locks_;
+  std::vector<std::unique_ptr<qcow2::Image>> images_;
+  std::vector<qcow2::Image *> pointers_;
+};
+
+/// The images while they are QEMU's: open for reading, without locks. What is read may be torn;
+/// good enough to refuse early.
+class WatchedImages {
+ public:
+  static Result<WatchedImages> open(const std::vector<Disk> &disks);
+  const std::vector<qcow2::Image *> &images() const { return pointers_; }
+
+ private:
+  std::vector<std::unique_ptr<io::File>> files_;
+  std::vector<std::unique_ptr<qcow2::Image>> images_;
+  std::vector<qcow2::Image *> pointers_;
+};
+
+}  // namespace qvmstate::qemu

@@ -1,0 +1,58 @@
+// Reading JSON that somebody else wrote: every access checks the type, and nothing throws.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+namespace qvmstate::qemu {
+
+using Json = nlohmann::json;
+
+/// A value that is not there; what at() returns for a missing key or a value that is no object.
+inline const Json json_missing = Json(Json::value_t::discarded);
+
+/// The member of an object, or json_missing.
+inline const Json &at(const Json &value, std::string_view key) {
+  if (value.is_object()) {
+    if (auto found = value.find(key); found != value.end()) {
+      return *found;
+    }
+  }
+  return json_missing;
+}
+
+inline std::string text(const Json &value, std::string fallback = {}) {
+  const auto *string = value.get_ptr<const std::string *>();
+  return string != nullptr ? *string : std::move(fallback);
+}
+inline std::string text_at(const Json &value, std::string_view key, std::string fallback = {}) {
+  return text(at(value, key), std::move(fallback));
+}
+
+inline bool flag_at(const Json &value, std::string_view key, bool fallback = false) {
+  const auto *flag = at(value, key).get_ptr<const bool *>();
+  return flag != nullptr ? *flag : fallback;
+}
+
+inline uint64_t number_at(const Json &value, std::string_view key, uint64_t fallback = 0) {
+  const Json &number = at(value, key);
+  if (const auto *positive = number.get_ptr<const uint64_t *>()) {
+    return *positive;
+  }
+  const auto *integer = number.get_ptr<const int64_t *>();
+  return integer != nullptr && *integer >= 0 ? static_cast<uint64_t>(*integer) : fallback;
+}
+
+inline double real_at(const Json &value, std::string_view key, double fallback = 0) {
+  const Json &number = at(value, key);
+  return number.is_number() ? number.get<double>() : fallback;
+}
+
+/// One line of text; bytes that are no UTF-8 are replaced instead of thrown at.
+inline std::string to_line(const Json &value) {
+  return value.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace qvmstate::qemu

@@ -1,0 +1,113 @@
+// What can be done with a running QEMU: the calls behind the command and the control socket.
+//
+// Each call connects to QEMU's QMP socket itself, does its work, and leaves the VM as it found it
+// (running or paused), also when it fails. Each returns one error line with the remedy.
+//
+// Threads: any; one operation per VM at a time (the second is refused by the image locks or by QMP,
+// which serves one client).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "qcow2/io/buffer_pool.h"
+#include "qcow2/io/file.h"
+#include "qcow2/io/result.h"
+
+namespace qvmstate::qemu {
+
+struct SaveOptions {
+  std::string name;
+  bool replace = false;      ///< the old snapshot of that name lives until the new one is there
+  std::string vmstate_node;  ///< node name; empty: the node that loadvm looks at first
+  io::DirectMode direct = io::DirectMode::automatic;
+  io::Engine engine = io::Engine::automatic;
+  size_t buffers = io::buffer_count_default;
+  unsigned depth = 8;
+  uint64_t rate_limit_bytes_per_second = 0;  ///< 0: none
+};
+
+struct DiskReport {
+  std::string node;
+  std::string file;  ///< QEMU's name of it
+  std::string snapshot_id;
+  bool has_vmstate = false;
+  uint64_t metadata_bytes = 0;  ///< written for the switch
+};
+
+struct SaveReport {
+  std::string name;
+  std::string source;  ///< "plugin" or "attach"
+  std::string machine_type;
+  std::string qemu_version;
+  bool was_running = false;
+  uint64_t ram_bytes = 0;
+  uint64_t data_pages = 0;
+  uint64_t zero_pages = 0;
+  uint64_t untouched_pages = 0;
+  uint64_t vmstate_bytes = 0;
+  uint64_t copied_bytes = 0;   ///< RAM bytes copied inside this process
+  uint64_t written_bytes = 0;  ///< to all images
+  double pause_seconds = 0;    ///< from before `stop` until `cont` was answered
+  double total_seconds = 0;
+  double data_seconds = 0;  ///< stream written and synced, part of the pause
+  std::string io_engine;    ///< "io_uring" or "threads", " direct" added with O_DIRECT
+  std::vector<DiskReport> disks;
+  std::vector<std::string> warnings;
+};
+
+struct Progress {
+  const char *phase = "";  ///< "looking", "stopped", "writing", "committing", "resuming"
+  uint64_t ram_bytes_done = 0;
+  uint64_t ram_bytes_total = 0;
+  uint64_t bytes_written = 0;
+  double seconds = 0;
+};
+
+/// How an operation talks to whoever asked for it.
+struct Observer {
+  std::function<void(const Progress &)> progress;    ///< may be empty; called often
+  std::function<void(const std::string &)> warning;  ///< may be empty
+  const std::atomic<bool> *cancelled = nullptr;      ///< set by any thread or signal handler
+};
+
+/// The save of a QEMU without plugin: RAM through process_vm_readv. Starts the guardian process.
+/// Call from a program with no other threads running (it forks).
+Result<SaveReport> save_by_attach(const std::string &qmp_path, const SaveOptions &options,
+                                  const Observer &observer);
+
+/// Asks the plugin inside a QEMU to save. Dropping the connection (a killed client) cancels.
+Result<SaveReport> save_by_control(const std::string &control_path, const SaveOptions &options,
+                                   const Observer &observer);
+
+struct DeleteReport {
+  std::string name;
+  double pause_seconds = 0;
+  std::vector<DiskReport> disks;
+  std::vector<std::string> warnings;
+};
+/// Deletes from every disk of a live VM (paused for the switch).
+Result<DeleteReport> delete_live(const std::string &qmp_path, const std::string &name,
+                                 const Observer &observer);
+
+struct LoadReport {
+  std::string name;
+  bool running = false;
+  double seconds = 0;
+};
+/// QEMU's own loadvm, with the errors it reports.
+Result<LoadReport> load(const std::string &qmp_path, const std::string &name);
+
+struct ResumeReport {
+  bool was_interrupted = false;  ///< false: nothing had to be done
+  bool running = false;
+  std::vector<std::string> actions;  ///< what was done, one line each
+};
+/// After a save whose process and guardian were both killed: takes the images back, finishes or
+/// undoes a save over several images, and lets the guest run if it ran before.
+Result<ResumeReport> resume(const std::string &qmp_path);
+
+}  // namespace qvmstate::qemu

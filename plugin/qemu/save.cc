@@ -1,0 +1,445 @@
+#include "plugin/qemu/save.h"
+
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <optional>
+#include <thread>
+
+#include "plugin/qemu/attach_source.h"
+#include "plugin/qemu/guardian.h"
+#include "plugin/qemu/handover.h"
+#include "plugin/qemu/inprocess_source.h"
+#include "plugin/qemu/live_vm.h"
+#include "plugin/qemu/preflight.h"
+#include "qcow2/image_set.h"
+#include "qcow2/io/buffer_pool.h"
+#include "qcow2/io/stream_buffer.h"
+#include "qcow2/suitability.h"
+#include "vmstate/device_sections.h"
+#include "vmstate/legacy_writer.h"
+
+namespace qvmstate::qemu {
+namespace {
+
+constexpr uint64_t device_bytes_expected = 16 * mib;
+constexpr milliseconds progress_interval{50};
+constexpr milliseconds rate_slice{50};
+
+double seconds_between(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
+
+/// RAM in place, and what is known of it.
+struct Ram {
+  std::unique_ptr<vmstate::RamSource> source;
+  MemoryMap *map = nullptr;  // of the source
+};
+
+Result<Ram> open_ram(LiveVm &vm, Seat seat) {
+  Ram ram;
+  if (seat == Seat::plugin) {
+    QV_ASSIGN(auto blocks, ram_blocks_from_inside(*vm.qmp));
+    QV_ASSIGN(auto source, InProcessSource::open(std::move(blocks)));
+    ram.map = &source->map();
+    ram.source = std::move(source);
+  } else {
+    QV_ASSIGN(auto blocks, ram_blocks_from_outside(*vm.qmp));
+    QV_ASSIGN(auto source, AttachSource::open(vm.pid, std::move(blocks)));
+    ram.map = &source->map();
+    ram.source = std::move(source);
+  }
+  return ram;
+}
+
+Result<void> check_seat(const LiveVm &vm, Seat seat) {
+  if (seat == Seat::plugin && vm.pid != ::getpid()) {
+    return fail(ErrorCode::bad_argument, "the plugin's qmp= socket '" + vm.qmp_path +
+                                             "' belongs to process " + std::to_string(vm.pid) +
+                                             ", not to this QEMU; give it this QEMU's own -qmp");
+  }
+  return {};
+}
+
+/// Index of the disk that gets the vmstate.
+Result<size_t> choose_vmstate_disk(const LiveVm &vm, const std::string &node,
+                                   std::vector<std::string> &warnings) {
+  if (node.empty()) {
+    return 0;
+  }
+  std::string known;
+  for (size_t i = 0; i < vm.disks.size(); ++i) {
+    const Disk &disk = vm.disks[i];
+    if (disk.node == node || disk.device == node) {
+      if (i != 0) {
+        warnings.push_back("the vmstate goes to '" + node + "', but loadvm looks at '" +
+                           vm.disks.front().node +
+                           "' first and will refuse; load it with the QMP command snapshot-load");
+      }
+      return i;
+    }
+    known += (known.empty() ? "'" : ", '") + disk.node + "'";
+  }
+  return fail(ErrorCode::not_found,
+              "no writable qcow2 disk has the node name '" + node + "'; there are " + known);
+}
+
+/// An upper bound from the pages that were touched.
+Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_bytes) {
+  struct stat status;
+  struct statvfs space;
+  if (::fstat(disk.image.get(), &status) != 0 || !S_ISREG(status.st_mode) ||
+      ::fstatvfs(disk.image.get(), &space) != 0) {
+    return {};  // a device has a fixed size, which the allocator watches
+  }
+  const uint64_t blocks = ::geteuid() == 0 ? space.f_bfree : space.f_bavail;
+  const uint64_t free_bytes = blocks * space.f_frsize;
+  const uint64_t needed_bytes = touched_bytes + (ram_bytes / 4096) * 9 + device_bytes_expected;
+  if (needed_bytes > free_bytes) {
+    return fail(ErrorCode::no_space,
+                describe(disk) + ": the snapshot may need " + std::to_string(needed_bytes / mib) +
+                    " MiB, and its file system has " + std::to_string(free_bytes / mib) +
+                    " MiB; make room or choose another --vmstate-node");
+  }
+  return {};
+}
+
+/// Everything that can be refused while the guest still runs.
+Result<void> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
+                               Seat seat, SaveReport &report) {
+  QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks));
+  for (size_t i = 0; i < vm.disks.size(); ++i) {
+    const auto role = i == vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
+    QV_TRY(qcow2::check_image_suits(*watched.images()[i], role, qcow2::ImageUse::held_by_qemu));
+    if (vm.disks[i].has_bitmaps) {
+      report.warnings.push_back(describe(vm.disks[i]) +
+                                ": has a dirty bitmap in memory; loadvm in this QEMU fails until "
+                                "it is removed");
+    }
+  }
+  if (!qcow2::needs_recovery(watched.images())) {
+    QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
+  }
+  QV_ASSIGN(Ram ram, open_ram(vm, seat));
+  for (const std::string &warning : ram.map->warnings()) {
+    report.warnings.push_back(warning);
+  }
+  QV_ASSIGN(const uint64_t touched_bytes, ram.map->touched_bytes());
+  uint64_t ram_bytes = 0;
+  for (const vmstate::RamBlock &block : ram.source->blocks()) {
+    ram_bytes += block.used_bytes;
+  }
+  return check_space(vm.disks[vmstate_disk], touched_bytes, ram_bytes);
+}
+
+Result<void> check_no_icount(std::span<const vmstate::DeviceSection> sections) {
+  constexpr std::string_view subsection = "\x05\x0ctimer/icount";
+  for (const vmstate::DeviceSection &section : sections) {
+    const std::string_view body(reinterpret_cast<const char *>(section.body.data()),
+                                section.body.size());
+    if (section.idstr == "timer" && body.find(subsection) != std::string_view::npos) {
+      return fail(ErrorCode::not_supported,
+                  "the VM runs with -icount, whose clock cannot be saved this way; start QEMU "
+                  "without it");
+    }
+  }
+  return {};
+}
+
+/// Follows the stream: progress, cancelling, rate.
+class Pace {
+ public:
+  Pace(const Observer &observer, uint64_t rate_bytes_per_second, uint64_t ram_bytes,
+       Clock::time_point begin)
+      : observer_(observer), rate_(rate_bytes_per_second), begin_(begin) {
+    progress_.phase = "writing";
+    progress_.ram_bytes_total = ram_bytes;
+  }
+
+  Result<void> ram_done(uint64_t bytes) {
+    progress_.ram_bytes_done = bytes;
+    return tell();
+  }
+  Result<void> flushed(uint64_t bytes) {
+    progress_.bytes_written = bytes;
+    QV_TRY(tell());
+    if (rate_ == 0) {
+      return {};
+    }
+    if (!rate_begin_) {
+      rate_begin_ = Clock::now();
+    }
+    const auto due =
+        *rate_begin_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
+                           static_cast<double>(bytes) / static_cast<double>(rate_)));
+    while (Clock::now() < due) {
+      std::this_thread::sleep_for(std::min<Clock::duration>(due - Clock::now(), rate_slice));
+      QV_TRY(tell());
+    }
+    return {};
+  }
+
+ private:
+  Result<void> tell() {
+    QV_TRY(check_cancelled(observer_));
+    const auto now = Clock::now();
+    if (now - told_ >= progress_interval) {
+      told_ = now;
+      progress_.seconds = seconds_between(begin_, now);
+      report_progress(observer_, progress_);
+    }
+    return {};
+  }
+
+  const Observer &observer_;
+  uint64_t rate_;
+  Clock::time_point begin_;
+  std::optional<Clock::time_point> rate_begin_;
+  Clock::time_point told_{};
+  Progress progress_;
+};
+
+struct SaveContext {
+  LiveVm &vm;
+  const SaveOptions &options;
+  const Observer &observer;
+  const Machine &machine;
+  size_t vmstate_disk;
+  Seat seat;
+  Clock::time_point begin;
+  io::BufferPool &pool;
+  SaveReport &report;
+};
+
+/// The guest stands and the images are ours until this returns.
+Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> device_bytes) {
+  SaveReport &report = context.report;
+  const SaveOptions &options = context.options;
+  const auto data_begin = Clock::now();
+  QV_ASSIGN(const auto sections, vmstate::split_device_sections(device_bytes));
+  QV_TRY(check_no_icount(sections));
+  QV_ASSIGN(const uint64_t clock_nanos, vmstate::vm_clock_nanos(sections));
+  // Looked up again: memory may have been plugged since.
+  QV_ASSIGN(Ram ram, open_ram(context.vm, context.seat));
+
+  io::OpenOptions open_options;
+  open_options.direct = options.direct;
+  open_options.engine = options.engine;
+  open_options.depth = options.depth;
+  QV_ASSIGN(OwnedImages owned, OwnedImages::open(context.vm.disks, open_options));
+  const std::vector<qcow2::Image *> &images = owned.images();
+  if (qcow2::needs_recovery(images)) {
+    QV_ASSIGN(const std::vector<std::string> done, qcow2::recover_set(images));
+    report.warnings.insert(report.warnings.end(), done.begin(), done.end());
+  }
+  QV_TRY(qcow2::check_save_name(images, options.name, options.replace));
+  for (size_t i = 0; i < images.size(); ++i) {
+    const auto role =
+        i == context.vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
+    QV_TRY(qcow2::check_image_suits(*images[i], role, qcow2::ImageUse::ours));
+  }
+
+  qcow2::NewSnapshot snapshot;
+  snapshot.name = options.name;
+  timespec now = {};
+  ::clock_gettime(CLOCK_REALTIME, &now);
+  snapshot.date_seconds = static_cast<uint32_t>(now.tv_sec);
+  snapshot.date_nanos = static_cast<uint32_t>(now.tv_nsec);
+  snapshot.clock_nanos = clock_nanos;
+  QV_ASSIGN(auto transaction,
+            qcow2::SetSave::begin(images, context.vmstate_disk, snapshot, options.replace));
+  // Whatever fails from here on is reported after the transaction was undone.
+  auto undo = [&](Error error) -> Result<void> {
+    if (auto undone = transaction->abort(); !undone) {
+      error.message += "; and undoing it: " + undone.error().message;
+    }
+    return tl::unexpected(std::move(error));
+  };
+  transaction->expect_stream_bytes(vmstate::legacy_stream_bytes_max(
+      ram.source->blocks(), device_bytes.size(), context.machine.page_bytes));
+  uint64_t ram_bytes = 0;
+  for (const vmstate::RamBlock &block : ram.source->blocks()) {
+    ram_bytes += block.used_bytes;
+  }
+  io::File &file = owned.file(context.vmstate_disk);
+  Pace pace(context.observer, options.rate_limit_bytes_per_second, ram_bytes, context.begin);
+  vmstate::StreamStats stats;
+  {
+    io::StreamBuffer stream(file, context.pool, transaction->vmstate(),
+                            [&](uint64_t bytes) { return pace.flushed(bytes); });
+    auto written = vmstate::write_legacy_stream(
+        stream,
+        {context.machine.type, context.machine.target_page_bits, context.machine.page_bytes},
+        *ram.source, sections, [&](uint64_t bytes) { return pace.ram_done(bytes); });
+    if (!written) {
+      return undo(with_context(written.error(), describe(context.vm.disks[context.vmstate_disk])));
+    }
+    stats = *written;
+  }
+  if (auto synced = file.sync(); !synced) {
+    return undo(synced.error());
+  }
+  report.data_seconds = seconds_between(data_begin, Clock::now());
+  if (auto proceed = check_cancelled(context.observer); !proceed) {
+    return undo(proceed.error());
+  }
+  Progress progress = {"committing", ram_bytes, ram_bytes, file.bytes_written(),
+                       seconds_between(context.begin, Clock::now())};
+  report_progress(context.observer, progress);
+  QV_TRY(transaction->commit(stats.stream_bytes));
+
+  report.ram_bytes = stats.ram_bytes;
+  report.data_pages = stats.data_pages;
+  report.zero_pages = stats.zero_pages;
+  report.untouched_pages = stats.untouched_pages;
+  report.vmstate_bytes = stats.stream_bytes;
+  report.copied_bytes = stats.copied_bytes;
+  report.io_engine = file.backend().name() + (file.backend().direct() ? " direct" : "");
+  for (size_t i = 0; i < images.size(); ++i) {
+    const bool has_vmstate = i == context.vmstate_disk;
+    const uint64_t written = owned.file(i).bytes_written();
+    report.written_bytes += written;
+    report.disks.push_back({context.vm.disks[i].node, context.vm.disks[i].file, transaction->id(i),
+                            has_vmstate,
+                            written - std::min(written, has_vmstate ? stats.stream_bytes : 0)});
+  }
+  return {};
+}
+
+/// Runs `work` on images that are ours, between stop and give back, under the guardian.
+/// The first error is the one reported; a failed give back is added to it.
+Result<double> while_stopped(LiveVm &vm, const Observer &observer, const std::string &what,
+                             Seat seat, Clock::time_point begin,
+                             const std::function<Result<void>(std::span<const std::byte>)> &work) {
+  std::optional<Guardian> guardian;
+  if (seat == Seat::attached) {
+    QV_ASSIGN(Guardian started, Guardian::start(*vm.qmp, vm.qmp_path, vm.disks, vm.running));
+    guardian.emplace(std::move(started));
+  }
+  Handover handover(*vm.qmp, vm.disks, vm.running);
+  QV_TRY(handover.mark(what));
+  QV_TRY(check_cancelled(observer));
+  const auto stop_begin = Clock::now();
+  auto work_on_it = [&]() -> Result<void> {
+    QV_TRY(handover.stop());
+    report_progress(observer, {"stopped", 0, 0, 0, seconds_between(begin, Clock::now())});
+    QV_TRY(check_state(*vm.qmp));
+    QV_TRY(handover.take());
+    return work(handover.device_bytes());
+  };
+  Result<void> done = work_on_it();
+  report_progress(observer, {"resuming", 0, 0, 0, seconds_between(begin, Clock::now())});
+  auto back = handover.give_back();
+  if (!back) {
+    if (guardian) {
+      guardian->hand_over();
+    }
+    if (done) {
+      return tl::unexpected(back.error());
+    }
+    done.error().message += "; and giving the images back: " + back.error().message;
+  }
+  QV_TRY(done);
+  return seconds_between(stop_begin, Clock::now());
+}
+
+/// A write past a file size limit shall fail, not kill.
+void ignore_size_limit_signal() {
+  ::signal(SIGXFSZ, SIG_IGN);
+}
+
+}  // namespace
+
+Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
+                        const Observer &observer, Seat seat) {
+  const auto begin = Clock::now();
+  SaveReport report;
+  report.name = options.name;
+  report.source = seat == Seat::plugin ? "plugin" : "attach";
+  report_progress(observer, {"looking", 0, 0, 0, 0});
+  QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
+  QV_TRY(check_seat(vm, seat));
+  QV_TRY(look_at(vm));
+  QV_ASSIGN(const Machine machine, check_machine(*vm.qmp, vm.pid));
+  report.machine_type = machine.type;
+  report.qemu_version = vm.qmp->version();
+  report.was_running = vm.running;
+  QV_ASSIGN(const size_t vmstate_disk,
+            choose_vmstate_disk(vm, options.vmstate_node, report.warnings));
+  QV_TRY(check_before_stop(vm, options, vmstate_disk, seat, report));
+  if (observer.warning) {
+    for (const std::string &warning : report.warnings) {
+      observer.warning(warning);
+    }
+  }
+  QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(options.buffers));
+  SaveContext context = {vm, options, observer, machine, vmstate_disk, seat, begin, pool, report};
+  QV_ASSIGN(report.pause_seconds, while_stopped(vm, observer, options.name, seat, begin,
+                                                [&](std::span<const std::byte> device_bytes) {
+                                                  return write_snapshot(context, device_bytes);
+                                                }));
+  report.total_seconds = seconds_between(begin, Clock::now());
+  return report;
+}
+
+Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::string &name,
+                                     const Observer &observer, Seat seat) {
+  const auto begin = Clock::now();
+  DeleteReport report;
+  report.name = name;
+  QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
+  QV_TRY(check_seat(vm, seat));
+  QV_TRY(look_at(vm));
+  QV_TRY(check_machine(*vm.qmp, vm.pid));
+  {
+    QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks));
+    bool found = qcow2::needs_recovery(watched.images());
+    for (const qcow2::Image *image : watched.images()) {
+      found = found || qcow2::find_snapshot(image->snapshots(), name) >= 0;
+    }
+    if (!found) {
+      return fail(ErrorCode::not_found, "no disk of the VM has a snapshot named '" + name + "'");
+    }
+  }
+  auto work = [&](std::span<const std::byte>) -> Result<void> {
+    QV_ASSIGN(OwnedImages owned, OwnedImages::open(vm.disks, {}));
+    const std::vector<qcow2::Image *> &images = owned.images();
+    QV_ASSIGN(report.warnings, qcow2::recover_set(images));
+    for (size_t i = 0; i < images.size(); ++i) {
+      const int index = qcow2::find_snapshot(images[i]->snapshots(), name);
+      if (index >= 0) {
+        const qcow2::Snapshot &snapshot = images[i]->snapshots()[static_cast<size_t>(index)];
+        report.disks.push_back(
+            {vm.disks[i].node, vm.disks[i].file, snapshot.id, snapshot.vmstate_bytes != 0, 0});
+      }
+    }
+    QV_TRY(qcow2::delete_from_set(images, name, true));
+    for (DiskReport &disk : report.disks) {
+      for (size_t i = 0; i < images.size(); ++i) {
+        disk.metadata_bytes =
+            vm.disks[i].node == disk.node ? owned.file(i).bytes_written() : disk.metadata_bytes;
+      }
+    }
+    return {};
+  };
+  QV_ASSIGN(report.pause_seconds, while_stopped(vm, observer, "delete " + name, seat, begin, work));
+  return report;
+}
+
+Result<SaveReport> save_by_attach(const std::string &qmp_path, const SaveOptions &options,
+                                  const Observer &observer) {
+  ignore_size_limit_signal();
+  return save(qmp_path, options, observer, Seat::attached);
+}
+
+Result<DeleteReport> delete_live(const std::string &qmp_path, const std::string &name,
+                                 const Observer &observer) {
+  ignore_size_limit_signal();
+  return delete_snapshot(qmp_path, name, observer, Seat::attached);
+}
+
+}  // namespace qvmstate::qemu

@@ -1,0 +1,25 @@
+// The save of a running VM: one path for the plugin and for attaching, which differ only in where
+// RAM comes from and in the guardian.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "plugin/qemu/memory_map.h"
+#include "plugin/qemu/operations.h"
+#include "plugin/qemu/qmp.h"
+#include "vmstate/ram_source.h"
+
+namespace qvmstate::qemu {
+
+enum class Seat { plugin, attached };
+
+/// `seat` plugin: this process is the QEMU at the other end of `qmp_path`.
+Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
+                        const Observer &observer, Seat seat);
+
+Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::string &name,
+                                     const Observer &observer, Seat seat);
+
+}  // namespace qvmstate::qemu

@@ -1,0 +1,265 @@
+#include "qcow2/allocator.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+#include <limits>
+
+#include "qcow2/refcount_block.h"
+
+namespace qvmstate::qcow2 {
+namespace {
+
+// Free runs remembered; 16 bytes each. An image with more has the others reused by a later edit.
+constexpr size_t free_runs_max = 65536;
+// The stream takes free runs from this size on: smaller ones would break its 1 MiB writes apart.
+constexpr uint64_t stream_run_bytes_min = 1 * mib;
+constexpr uint64_t stream_alignment_bytes = 4096;
+constexpr uint64_t scan_piece_bytes = 256 * kib;
+constexpr uint64_t grow_step_bytes_max = 4 * gib;
+constexpr uint64_t grow_step_bytes_beyond = 16 * mib;  // past what was expected
+// L1 and L2 entries and refcount table entries have offset bits up to 55.
+constexpr uint64_t host_bytes_max = uint64_t{1} << 56;
+
+}  // namespace
+
+Result<Allocator> Allocator::scan(const Image &image) {
+  Allocator allocator(image);
+  QV_ASSIGN(allocator.original_bytes_, image.file().size());
+  allocator.grown_bytes_ = allocator.original_bytes_;
+  allocator.device_ = image.file().backend().is_block_device();
+  QV_TRY(allocator.scan_blocks());
+  return allocator;
+}
+
+void Allocator::note_free(uint64_t first, uint64_t count) {
+  if (!free_.empty() && free_.back().end() == first) {
+    free_.back().count += count;
+    return;
+  }
+  if (free_.size() == free_runs_max) {
+    // Keep the larger half, in order of position.
+    std::vector<uint64_t> sizes;
+    sizes.reserve(free_.size());
+    for (const ClusterRun &run : free_) {
+      sizes.push_back(run.count);
+    }
+    auto middle = sizes.begin() + static_cast<ptrdiff_t>(sizes.size() / 2);
+    std::nth_element(sizes.begin(), middle, sizes.end());
+    const uint64_t median = *middle;
+    size_t kept_equal = 0;
+    std::erase_if(free_, [&](const ClusterRun &run) {
+      if (run.count == median) {
+        return ++kept_equal > free_runs_max / 4;
+      }
+      return run.count < median;
+    });
+  }
+  free_.push_back({first, count});
+}
+
+Result<void> Allocator::scan_blocks() {
+  const Geometry &geometry = image_->geometry();
+  const uint64_t per_block = geometry.refcount_block_entries();
+  const uint64_t piece_bytes = std::min(scan_piece_bytes, geometry.cluster_bytes());
+  const uint64_t per_piece = piece_bytes * 8 / geometry.refcount_bits();
+  std::vector<std::byte> piece(piece_bytes);
+  const std::vector<std::byte> zeros(piece_bytes);
+  // `free_` collects every free run met; what follows the last cluster in use is the tail instead.
+  tail_ = 0;
+  uint64_t free_from = 0;
+  auto in_use = [&](uint64_t cluster) {
+    if (cluster > free_from) {
+      note_free(free_from, cluster - free_from);
+    }
+    free_from = cluster + 1;
+  };
+  const std::vector<uint64_t> &table = image_->refcount_table();
+  for (uint64_t block = 0; block < table.size(); ++block) {
+    if (table[block] == 0) {
+      continue;
+    }
+    for (uint64_t at = 0; at < geometry.cluster_bytes(); at += piece_bytes) {
+      QV_TRY(image_->file().read_at(piece, HostOffset(table[block] + at)));
+      if (std::memcmp(piece.data(), zeros.data(), piece_bytes) == 0) {
+        continue;
+      }
+      const uint64_t first = block * per_block + at * 8 / geometry.refcount_bits();
+      for (uint64_t i = 0; i < per_piece; ++i) {
+        if (refcount_get(piece, geometry.refcount_order, i) != 0) {
+          in_use(first + i);
+        }
+      }
+    }
+  }
+  tail_ = free_from;
+  if (tail_ == 0) {
+    return fail(ErrorCode::bad_image,
+                image_->name() +
+                    ": the refcount table says that no cluster is in use: the image is damaged; "
+                    "repair it with `qemu-img check -r all`");
+  }
+  return {};
+}
+
+uint64_t Allocator::free_bytes_inside() const {
+  uint64_t clusters = 0;
+  for (const ClusterRun &run : free_) {
+    clusters += run.count;
+  }
+  return clusters * image_->geometry().cluster_bytes();
+}
+
+Result<void> Allocator::grow_file(uint64_t end_cluster) {
+  const uint64_t needed_bytes = end_cluster << image_->geometry().cluster_bits;
+  if (needed_bytes <= grown_bytes_) {
+    return {};
+  }
+  if (device_) {
+    return fail(ErrorCode::no_space, image_->name() + ": the device is full: " +
+                                         std::to_string(needed_bytes - grown_bytes_) +
+                                         " bytes are missing");
+  }
+  const uint64_t ahead =
+      expected_bytes_ > 0 ? std::min(expected_bytes_, grow_step_bytes_max) : grow_step_bytes_beyond;
+  io::File &file = image_->file();
+  // What is in flight ends here: its ENOSPC must not be taken for one of reserving and forgotten.
+  QV_TRY(file.size());
+  for (const uint64_t step : {ahead, grow_step_bytes_beyond, uint64_t{0}}) {
+    const uint64_t target = std::max(needed_bytes, grown_bytes_ + step);
+    auto reserved = file.preallocate(HostOffset(grown_bytes_), target - grown_bytes_);
+    if (!reserved) {
+      if (reserved.error().code == ErrorCode::no_space && step != 0) {
+        file.clear_error();
+        continue;
+      }
+      return tl::unexpected(std::move(reserved).error());
+    }
+    if (!*reserved) {
+      QV_TRY(file.resize(target));
+    }
+    expected_bytes_ -= std::min(expected_bytes_, target - grown_bytes_);
+    grown_bytes_ = target;
+    break;
+  }
+  return {};
+}
+
+Result<ClusterRun> Allocator::take_tail(uint64_t count) {
+  const uint64_t clusters_max = host_bytes_max >> image_->geometry().cluster_bits;
+  if (count > clusters_max || tail_ > clusters_max - count) {
+    return fail(ErrorCode::no_space, image_->name() +
+                                         ": the image would pass the largest size "
+                                         "that qcow2 can address");
+  }
+  QV_TRY(grow_file(tail_ + count));
+  const ClusterRun run{tail_, count};
+  tail_ += count;
+  taken_.push_back(run);
+  return run;
+}
+
+Result<ClusterRun> Allocator::take(uint64_t count) {
+  assert(count > 0);
+  while (free_cursor_ < free_.size() && free_[free_cursor_].count == 0) {
+    ++free_cursor_;
+  }
+  for (size_t i = free_cursor_; i < free_.size(); ++i) {
+    ClusterRun &run = free_[i];
+    if (run.count >= count) {
+      QV_TRY(grow_file(run.first + count));
+      const ClusterRun got{run.first, count};
+      run.first += count;
+      run.count -= count;
+      taken_.push_back(got);
+      return got;
+    }
+  }
+  return take_tail(count);
+}
+
+Result<ClusterRun> Allocator::take_for_stream(uint64_t count) {
+  assert(count > 0);
+  const Geometry &geometry = image_->geometry();
+  const uint64_t unit = std::max<uint64_t>(1, stream_alignment_bytes / geometry.cluster_bytes());
+  const uint64_t wanted = round_up(count, unit);
+  const uint64_t run_min = std::max(unit, stream_run_bytes_min / geometry.cluster_bytes());
+
+  // Takes the aligned part of a free run; what is left before and after it stays free.
+  auto take_from = [&](size_t i, uint64_t least) -> Result<ClusterRun> {
+    const ClusterRun run = free_[i];
+    const uint64_t first = round_up(run.first, unit);
+    const uint64_t end = round_down(run.end(), unit);
+    if (first >= end || end - first < least) {
+      return ClusterRun{};
+    }
+    const ClusterRun got{first, std::min(wanted, end - first)};
+    QV_TRY(grow_file(got.end()));
+    free_[i] = {got.end(), run.end() - got.end()};
+    if (got.first > run.first && free_.size() < 2 * free_runs_max) {
+      free_.insert(free_.begin() + static_cast<ptrdiff_t>(i),
+                   ClusterRun{run.first, got.first - run.first});
+    }
+    taken_.push_back(got);
+    return got;
+  };
+  for (; stream_cursor_ < free_.size(); ++stream_cursor_) {
+    QV_ASSIGN(const ClusterRun got, take_from(stream_cursor_, std::min(run_min, wanted)));
+    if (got.count != 0) {
+      return got;
+    }
+  }
+  const uint64_t gap = round_up(tail_, unit) - tail_;
+  if (gap != 0) {
+    free_.push_back({tail_, gap});
+    tail_ += gap;
+  }
+  auto tail = take_tail(wanted);
+  if (tail || !device_ || tail.error().code != ErrorCode::no_space) {
+    return tail;
+  }
+  for (size_t i = free_cursor_; i < free_.size(); ++i) {
+    QV_ASSIGN(const ClusterRun got, take_from(i, unit));
+    if (got.count != 0) {
+      return got;
+    }
+  }
+  return tail;
+}
+
+Result<void> Allocator::trim_file() {
+  if (device_) {
+    return {};
+  }
+  const uint64_t used_bytes = tail_ << image_->geometry().cluster_bits;
+  const uint64_t wanted = std::max(used_bytes, original_bytes_);
+  if (grown_bytes_ != wanted) {
+    QV_TRY(image_->file().resize(wanted));
+    grown_bytes_ = wanted;
+  }
+  return {};
+}
+
+Result<void> Allocator::undo() {
+  io::File &file = image_->file();
+  if (!device_) {
+    // Asked, because reserving that failed may have made the file longer.
+    QV_ASSIGN(const uint64_t bytes, file.size());
+    if (bytes > original_bytes_) {
+      QV_TRY(file.resize(original_bytes_));
+    }
+    grown_bytes_ = original_bytes_;
+  }
+  const uint32_t bits = image_->geometry().cluster_bits;
+  for (const ClusterRun &run : taken_) {
+    const uint64_t first = run.first << bits;
+    const uint64_t end = std::min(run.end() << bits, original_bytes_);
+    if (first < end) {
+      QV_TRY(file.punch_hole(HostOffset(first), end - first));
+    }
+  }
+  taken_.clear();
+  return {};
+}
+
+}  // namespace qvmstate::qcow2

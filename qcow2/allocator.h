@@ -1,0 +1,66 @@
+// Free host clusters of an image, for one edit: those whose refcount is 0, and all past the last
+// one in use.
+//
+// One pass over the refcount blocks finds them. What is taken is only remembered here; the counts
+// change in the new refcount blocks of the edit (refcount_editor.h), so until the commit the image
+// on disk still calls these clusters free. A cluster that the edit frees is never handed out in the
+// same edit: the old image still needs it.
+//
+// Threads: one at a time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "qcow2/image.h"
+#include "qcow2/io/result.h"
+
+namespace qvmstate::qcow2 {
+
+struct ClusterRun {
+  uint64_t first = 0;
+  uint64_t count = 0;
+  uint64_t end() const { return first + count; }
+};
+
+class Allocator {
+ public:
+  static Result<Allocator> scan(const Image &image);
+
+  /// Contiguous clusters, for tables.
+  Result<ClusterRun> take(uint64_t count);
+  /// 1 to `count` clusters, for the stream: from free runs of at least stream_run_bytes_min, then
+  /// past the end, and only on a device that is full from smaller ones. Starts and ends at
+  /// multiples of 4096 bytes, so that O_DIRECT never shares a page with metadata.
+  Result<ClusterRun> take_for_stream(uint64_t count);
+  /// How much the stream will take at most: how far ahead the file is extended.
+  void expect_stream_bytes(uint64_t bytes) { expected_bytes_ = bytes; }
+
+  /// End of the clusters in use, the taken ones included.
+  uint64_t used_end() const { return tail_; }
+  uint64_t free_bytes_inside() const;
+  /// Cuts the file to what is used (never below the size it had).
+  Result<void> trim_file();
+  /// Gives everything taken back: cuts the file to the size it had, punches the rest.
+  Result<void> undo();
+
+ private:
+  explicit Allocator(const Image &image) : image_(&image) {}
+  Result<void> scan_blocks();
+  void note_free(uint64_t first, uint64_t count);
+  Result<ClusterRun> take_tail(uint64_t count);
+  Result<void> grow_file(uint64_t end_cluster);
+
+  const Image *image_;
+  std::vector<ClusterRun> free_;  // sorted by position; bounded by free_runs_max
+  size_t free_cursor_ = 0;        // runs before it are empty
+  size_t stream_cursor_ = 0;      // runs before it are too small for the stream
+  std::vector<ClusterRun> taken_;
+  uint64_t tail_ = 0;            // first cluster past all in use
+  uint64_t original_bytes_ = 0;  // of the file
+  uint64_t grown_bytes_ = 0;     // the file reaches this far now
+  uint64_t expected_bytes_ = 0;
+  bool device_ = false;
+};
+
+}  // namespace qvmstate::qcow2

@@ -1,0 +1,435 @@
+#include "qcow2/image_edit.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cstring>
+
+#include "qcow2/entries.h"
+#include "qcow2/io/endian.h"
+#include "qcow2/limits.h"
+
+namespace qvmstate::qcow2 {
+namespace {
+
+constexpr uint64_t l1_piece_entries = 8192;  // 64 KiB of an L1 table at a time
+
+}  // namespace
+
+ImageEdit::ImageEdit(Image &image, Allocator allocator)
+    : image_(image),
+      allocator_(std::move(allocator)),
+      refcounts_(image_, allocator_),
+      area_(image_, allocator_),
+      snapshots_(image.snapshots()),
+      active_l1_(image.header().l1_offset) {
+  for (size_t i = 0; i < snapshots_.size(); ++i) {
+    original_index_.push_back(i);
+  }
+}
+
+Result<std::unique_ptr<ImageEdit>> ImageEdit::begin(Image &image) {
+  QV_ASSIGN(Allocator allocator, Allocator::scan(image));
+  return std::unique_ptr<ImageEdit>(new ImageEdit(image, std::move(allocator)));
+}
+
+ImageEdit::~ImageEdit() {
+  if (!finished_) {
+    (void)abort();
+  }
+}
+
+// Calls visit(first cluster, count, compressed) for the host clusters of an L2 table;
+// neighbours in table and file come as one run.
+template <class Visit>
+Result<void> ImageEdit::visit_clusters(std::span<const std::byte> l2, Visit visit) {
+  const Geometry &geometry = image_.geometry();
+  uint64_t run_first = 0;
+  uint64_t run_count = 0;
+  auto flush = [&]() -> Result<void> {
+    if (run_count != 0) {
+      QV_TRY(visit(run_first, run_count, false));
+      run_count = 0;
+    }
+    return {};
+  };
+  for (uint64_t i = 0; i < geometry.l2_entries(); ++i) {
+    const auto entry = load_be<uint64_t>(l2.data() + i * geometry.l2_entry_bytes());
+    const ClusterKind kind = cluster_kind(entry, geometry);
+    if (kind == ClusterKind::unallocated || kind == ClusterKind::zero) {
+      continue;
+    }
+    if (kind == ClusterKind::compressed) {
+      QV_TRY(flush());
+      const CompressedRange range = compressed_range(entry, geometry);
+      const uint64_t first = geometry.cluster_of(range.offset);
+      const uint64_t last = geometry.cluster_of(range.offset + (range.bytes - 1));
+      QV_TRY(visit(first, last - first + 1, true));
+      continue;
+    }
+    const uint64_t offset = entry & host_offset_mask;
+    if (!geometry.aligned(offset)) {
+      return fail(ErrorCode::bad_image,
+                  image_.name() + ": an L2 entry points to byte " + std::to_string(offset) +
+                      ", which is no cluster's start: the image is damaged; repair it with "
+                      "`qemu-img check -r all`");
+    }
+    const uint64_t cluster = geometry.cluster_of(HostOffset(offset));
+    if (run_count != 0 && cluster == run_first + run_count) {
+      ++run_count;
+    } else {
+      QV_TRY(flush());
+      run_first = cluster;
+      run_count = 1;
+    }
+  }
+  return flush();
+}
+
+Result<void> ImageEdit::drop_table(uint64_t l1_entry) {
+  std::vector<std::byte> l2(image_.geometry().cluster_bytes());
+  QV_TRY(image_.read_l2(l1_entry, l2));
+  QV_TRY(visit_clusters(l2, [&](uint64_t first, uint64_t count, bool) {
+    return refcounts_.dereference(first, count);
+  }));
+  return refcounts_.dereference(
+      image_.geometry().cluster_of(HostOffset(l1_entry & host_offset_mask)), 1);
+}
+
+Result<void> ImageEdit::remove_snapshot(size_t index) {
+  assert(!added_);
+  const Snapshot &snapshot = image_.snapshots()[index];
+  std::vector<uint64_t> piece;
+  for (uint64_t at = 0; at < snapshot.l1_entries; at += piece.size()) {
+    piece.resize(std::min<uint64_t>(l1_piece_entries, snapshot.l1_entries - at));
+    QV_TRY(image_.read_l1(snapshot.l1_offset, at, piece));
+    for (const uint64_t entry : piece) {
+      if ((entry & host_offset_mask) != 0) {
+        QV_TRY(drop_table(entry));
+      }
+    }
+  }
+  if (snapshot.l1_entries != 0) {
+    QV_TRY(refcounts_.dereference(image_.geometry().cluster_of(snapshot.l1_offset),
+                                  image_.geometry().l1_clusters(snapshot.l1_entries)));
+  }
+  const auto found = std::find(original_index_.begin(), original_index_.end(), index);
+  assert(found != original_index_.end());
+  snapshots_.erase(snapshots_.begin() + (found - original_index_.begin()));
+  original_index_.erase(found);
+  removed_any_ = true;
+  return {};
+}
+
+Snapshot &ImageEdit::edited(size_t original_index) {
+  const auto found = std::find(original_index_.begin(), original_index_.end(), original_index);
+  assert(found != original_index_.end());
+  return snapshots_[static_cast<size_t>(found - original_index_.begin())];
+}
+
+Result<void> ImageEdit::rename_snapshot(size_t index, const std::string &name) {
+  edited(index).name = name;
+  return {};
+}
+
+void ImageEdit::set_more_extra(size_t index, std::vector<std::byte> more_extra) {
+  edited(index).more_extra = std::move(more_extra);
+}
+
+Result<ClusterRun> ImageEdit::begin_active_l1() {
+  const Geometry &geometry = image_.geometry();
+  const Header &header = image_.header();
+  QV_ASSIGN(const ClusterRun run,
+            allocator_.take(std::max<uint64_t>(1, geometry.l1_clusters(header.l1_entries))));
+  QV_TRY(refcounts_.claim(run, 1));
+  if (header.l1_entries != 0) {
+    QV_TRY(refcounts_.dereference(geometry.cluster_of(header.l1_offset),
+                                  geometry.l1_clusters(header.l1_entries)));
+  }
+  active_l1_ = geometry.host_offset(run.first);
+  return run;
+}
+
+Result<void> ImageEdit::write_l1(HostOffset l1, uint64_t first, std::span<const uint64_t> entries) {
+  std::vector<std::byte> bytes(entries.size() * 8);
+  for (size_t i = 0; i < entries.size(); ++i) {
+    store_be(bytes.data() + i * 8, entries[i]);
+  }
+  return image_.file().write_at(bytes, l1 + first * 8);
+}
+
+// The active disk gets a second owner: every cluster one more reference, every L2 table with COPIED
+// entries a copy without them, and a new active L1 whose entries (COPIED clear: each table has two
+// owners) the new snapshot's L1 will repeat. What a save by QEMU left of its vmstate is dropped.
+Result<void> ImageEdit::share_active_disk() {
+  const Geometry &geometry = image_.geometry();
+  const Header &header = image_.header();
+  const uint64_t disk_entries = geometry.vmstate_l1_index(header.disk_bytes);
+  const uint64_t count_max = geometry.refcount_max();
+  // Loading a snapshot raises the count of each of its clusters once more before it lowers the old
+  // ones; a cluster that holds several compressed ones is raised as often as the active disk uses
+  // it.
+  const uint64_t ceiling = count_max - 1;
+  const uint64_t ceiling_compressed = count_max / 3 * 2;
+
+  QV_TRY(begin_active_l1());
+  std::vector<std::byte> l2(geometry.cluster_bytes());
+  std::vector<uint64_t> piece;
+  for (uint64_t at = 0; at < header.l1_entries; at += piece.size()) {
+    piece.resize(std::min<uint64_t>(l1_piece_entries, header.l1_entries - at));
+    QV_TRY(image_.read_l1(header.l1_offset, at, piece));
+    for (size_t i = 0; i < piece.size(); ++i) {
+      const uint64_t offset = piece[i] & host_offset_mask;
+      if (offset == 0) {
+        piece[i] = 0;
+        continue;
+      }
+      if (at + i >= disk_entries) {
+        QV_TRY(drop_table(piece[i]));
+        piece[i] = 0;
+        continue;
+      }
+      QV_TRY(image_.read_l2(piece[i], l2));
+      QV_TRY(visit_clusters(l2, [&](uint64_t first, uint64_t count, bool compressed) {
+        return refcounts_.reference(first, count, compressed ? ceiling_compressed : ceiling);
+      }));
+      bool any_copied = false;
+      for (uint64_t k = 0; k < geometry.l2_entries(); ++k) {
+        std::byte &top = l2[k * geometry.l2_entry_bytes()];
+        any_copied |= (top & std::byte{0x80}) != std::byte{0};
+        top &= std::byte{0x7f};
+      }
+      const uint64_t old_table = geometry.cluster_of(HostOffset(offset));
+      if (!any_copied) {
+        QV_TRY(refcounts_.reference(old_table, 1, ceiling));
+        piece[i] = offset;
+        continue;
+      }
+      QV_ASSIGN(const ClusterRun copy, allocator_.take(1));
+      QV_TRY(refcounts_.claim(copy, 2));
+      QV_TRY(refcounts_.dereference(old_table, 1));
+      QV_TRY(image_.file().write_at(l2, geometry.host_offset(copy.first)));
+      piece[i] = geometry.host_offset(copy.first).value;
+    }
+    QV_TRY(write_l1(active_l1_, at, piece));
+  }
+  return {};
+}
+
+// After a removal alone: a cluster that only the active disk still uses must say so (COPIED).
+Result<void> ImageEdit::refresh_copied_flags() {
+  const Geometry &geometry = image_.geometry();
+  const Header &header = image_.header();
+  QV_TRY(begin_active_l1());
+  std::vector<std::byte> l2(geometry.cluster_bytes());
+  std::vector<uint64_t> piece;
+  for (uint64_t at = 0; at < header.l1_entries; at += piece.size()) {
+    piece.resize(std::min<uint64_t>(l1_piece_entries, header.l1_entries - at));
+    QV_TRY(image_.read_l1(header.l1_offset, at, piece));
+    for (uint64_t &l1_entry : piece) {
+      uint64_t offset = l1_entry & host_offset_mask;
+      if (offset == 0) {
+        l1_entry = 0;
+        continue;
+      }
+      QV_TRY(image_.read_l2(l1_entry, l2));
+      bool changed = false;
+      for (uint64_t k = 0; k < geometry.l2_entries(); ++k) {
+        std::byte *at_entry = l2.data() + k * geometry.l2_entry_bytes();
+        const auto entry = load_be<uint64_t>(at_entry);
+        const ClusterKind kind = cluster_kind(entry, geometry);
+        if (kind != ClusterKind::data && kind != ClusterKind::zero_allocated) {
+          continue;
+        }
+        QV_ASSIGN(const uint64_t references,
+                  refcounts_.get(geometry.cluster_of(HostOffset(entry & host_offset_mask))));
+        const uint64_t wanted =
+            (entry & ~entry_copied) | (references == 1 ? entry_copied : uint64_t{0});
+        if (wanted != entry) {
+          store_be(at_entry, wanted);
+          changed = true;
+        }
+      }
+      if (changed) {
+        QV_ASSIGN(const ClusterRun copy, allocator_.take(1));
+        QV_TRY(refcounts_.claim(copy, 1));
+        QV_TRY(refcounts_.dereference(geometry.cluster_of(HostOffset(offset)), 1));
+        QV_TRY(image_.file().write_at(l2, geometry.host_offset(copy.first)));
+        offset = geometry.host_offset(copy.first).value;
+      }
+      QV_ASSIGN(const uint64_t owners, refcounts_.get(geometry.cluster_of(HostOffset(offset))));
+      l1_entry = offset | (owners == 1 ? entry_copied : uint64_t{0});
+    }
+    QV_TRY(write_l1(active_l1_, at, piece));
+  }
+  return {};
+}
+
+Result<void> ImageEdit::add_snapshot(const NewSnapshot &snapshot) {
+  assert(!added_);
+  if (snapshots_.size() >= snapshots_max) {
+    return fail(ErrorCode::no_space, image_.name() + ": has " + std::to_string(snapshots_max) +
+                                         " snapshots, the most that QEMU opens: delete some");
+  }
+  Snapshot added;
+  added.id = next_snapshot_id(image_.snapshots());
+  added.name = snapshot.name;
+  added.date_seconds = snapshot.date_seconds;
+  added.date_nanos = snapshot.date_nanos;
+  added.clock_nanos = snapshot.clock_nanos;
+  added.disk_bytes = image_.header().disk_bytes;
+  added.icount = snapshot.icount;
+  added.more_extra = snapshot.more_extra;
+  added_ = std::move(added);
+  return share_active_disk();
+}
+
+Result<void> ImageEdit::write_vmstate_tables() {
+  const Geometry &geometry = image_.geometry();
+  std::vector<std::byte> l2(geometry.cluster_bytes());
+  size_t run_index = 0;
+  uint64_t run_used = 0;
+  for (const ClusterRun &run : area_.runs()) {
+    QV_TRY(refcounts_.claim(run, 1));
+  }
+  for (uint64_t done = 0; done < area_.clusters(); done += geometry.l2_entries()) {
+    std::fill(l2.begin(), l2.end(), std::byte{0});
+    for (uint64_t k = 0; k < std::min(geometry.l2_entries(), area_.clusters() - done); ++k) {
+      const ClusterRun &run = area_.runs()[run_index];
+      std::byte *entry = l2.data() + k * geometry.l2_entry_bytes();
+      store_be(entry, geometry.host_offset(run.first + run_used).value);
+      if (geometry.extended_l2) {
+        store_be<uint64_t>(entry + 8, 0xffffffff);  // all 32 subclusters allocated
+      }
+      if (++run_used == run.count) {
+        ++run_index;
+        run_used = 0;
+      }
+    }
+    QV_ASSIGN(const ClusterRun table, allocator_.take(1));
+    QV_TRY(refcounts_.claim(table, 1));
+    QV_TRY(image_.file().write_at(l2, geometry.host_offset(table.first)));
+    if (!vmstate_tables_.empty() && vmstate_tables_.back().end() == table.first) {
+      ++vmstate_tables_.back().count;
+    } else {
+      vmstate_tables_.push_back(table);
+    }
+  }
+  return {};
+}
+
+Result<void> ImageEdit::write_added_l1() {
+  const Geometry &geometry = image_.geometry();
+  const uint64_t disk_entries = geometry.vmstate_l1_index(image_.header().disk_bytes);
+  uint64_t entries = disk_entries;
+  for (const ClusterRun &run : vmstate_tables_) {
+    entries += run.count;
+  }
+  assert(entries <= l1_bytes_max / 8);  // VmstateArea::place refuses what would pass it
+  added_->l1_entries = static_cast<uint32_t>(entries);
+  QV_ASSIGN(const ClusterRun run,
+            allocator_.take(std::max<uint64_t>(1, geometry.l1_clusters(entries))));
+  QV_TRY(refcounts_.claim(run, 1));
+  added_->l1_offset = geometry.host_offset(run.first);
+
+  std::vector<uint64_t> piece;
+  for (uint64_t at = 0; at < disk_entries; at += piece.size()) {
+    piece.resize(std::min<uint64_t>(l1_piece_entries, disk_entries - at));
+    QV_TRY(image_.read_l1(active_l1_, at, piece));
+    QV_TRY(write_l1(added_->l1_offset, at, piece));
+  }
+  uint64_t at = disk_entries;
+  for (const ClusterRun &tables : vmstate_tables_) {
+    for (uint64_t done = 0; done < tables.count; done += piece.size()) {
+      piece.resize(std::min<uint64_t>(l1_piece_entries, tables.count - done));
+      for (size_t i = 0; i < piece.size(); ++i) {
+        piece[i] = geometry.host_offset(tables.first + done + i).value;
+      }
+      QV_TRY(write_l1(added_->l1_offset, at, piece));
+      at += piece.size();
+    }
+  }
+  return {};
+}
+
+Result<void> ImageEdit::write_snapshot_table() {
+  const Geometry &geometry = image_.geometry();
+  const Header &header = image_.header();
+  if (header.snapshot_count != 0) {
+    QV_TRY(refcounts_.dereference(geometry.cluster_of(header.snapshot_table_offset),
+                                  geometry.clusters_for(image_.snapshot_table_bytes())));
+  }
+  if (snapshots_.empty()) {
+    return {};
+  }
+  QV_ASSIGN(std::vector<std::byte> table, format_snapshot_table(snapshots_));
+  const uint64_t clusters = geometry.clusters_for(table.size());
+  table.resize(clusters * geometry.cluster_bytes());
+  QV_ASSIGN(const ClusterRun run, allocator_.take(clusters));
+  QV_TRY(refcounts_.claim(run, 1));
+  table_offset_ = geometry.host_offset(run.first);
+  return image_.file().write_at(table, table_offset_);
+}
+
+Result<void> ImageEdit::commit(uint64_t vmstate_bytes) {
+  assert(!finished_);
+  assert((vmstate_bytes == 0) == (area_.clusters() == 0));
+  io::File &file = image_.file();
+
+  // 1. All that the new header will point at, in clusters that the old image calls free.
+  if (added_) {
+    added_->vmstate_bytes = vmstate_bytes;
+    QV_TRY(write_vmstate_tables());
+    QV_TRY(write_added_l1());
+    snapshots_.push_back(*added_);
+  } else if (removed_any_) {
+    QV_TRY(refresh_copied_flags());
+  }
+  QV_TRY(write_snapshot_table());
+  QV_ASSIGN(const RefcountEditor::Table refcount_table, refcounts_.finish());
+
+  // 2. The file reaches to the end of its last cluster, and all of that is on the disk before the
+  //    header names it.
+  QV_TRY(allocator_.trim_file());
+  QV_TRY(file.sync());
+
+  // 3. The commit: one write within one sector.
+  RawHeader raw{};
+  raw.l1_entries = image_.header().l1_entries;
+  raw.l1_offset = active_l1_.value;
+  raw.refcount_table_offset = refcount_table.offset.value;
+  raw.refcount_table_clusters = refcount_table.clusters;
+  raw.snapshot_count = static_cast<uint32_t>(snapshots_.size());
+  raw.snapshot_table_offset = table_offset_.value;
+  committed_ = true;
+  finished_ = true;
+  const auto *bytes = reinterpret_cast<const std::byte *>(&raw);
+  QV_TRY(file.write_at({bytes + switch_offset, switch_bytes}, HostOffset(switch_offset)));
+  QV_TRY(file.sync());
+  return image_.reload();
+}
+
+Result<void> ImageEdit::abort() {
+  if (finished_) {
+    return {};
+  }
+  finished_ = true;
+  (void)image_.file().drain();
+  image_.file().clear_error();
+  return allocator_.undo();
+}
+
+void ImageEdit::give_back_space() {
+  if (!committed_) {
+    return;
+  }
+  const Geometry &geometry = image_.geometry();
+  for (const ClusterRun &run : refcounts_.freed()) {
+    if (!image_.file().punch_hole(geometry.host_offset(run.first),
+                                  run.count * geometry.cluster_bytes())) {
+      image_.file().clear_error();
+      return;
+    }
+  }
+}
+
+}  // namespace qvmstate::qcow2

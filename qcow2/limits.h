@@ -1,0 +1,30 @@
+// Bounds on what is read from an image, each with its reason. QEMU refuses to open an image beyond
+// the ones marked (QEMU); ours are no narrower, so every image QEMU opens is opened here.
+#pragma once
+
+#include <cstdint>
+
+#include "qcow2/io/offsets.h"
+
+namespace qvmstate::qcow2 {
+
+constexpr uint32_t cluster_bits_min = 9;    // (QEMU) 512 bytes
+constexpr uint32_t cluster_bits_max = 21;   // (QEMU) 2 MiB
+constexpr uint32_t refcount_order_max = 6;  // format: 64-bit refcounts
+
+constexpr uint64_t l1_bytes_max = 32 * mib;              // (QEMU) 4,194,304 entries
+constexpr uint64_t refcount_table_bytes_max = 8 * mib;   // (QEMU) 1,048,576 blocks
+constexpr uint64_t snapshots_max = 65536;                // (QEMU)
+constexpr uint64_t snapshot_table_bytes_max = 64 * mib;  // (QEMU)
+constexpr uint64_t snapshot_extra_bytes_max = 1024;      // (QEMU)
+constexpr uint64_t backing_name_bytes_max = 1023;        // (QEMU)
+
+// QEMU keeps ids and names in buffers of 128 and 256 bytes: longer ones are cut on listing and can
+// then be neither loaded nor deleted.
+constexpr uint64_t snapshot_id_bytes_max = 127;
+constexpr uint64_t snapshot_name_bytes_max = 255;
+
+// Host offsets in L1 and L2 entries have bits 9 to 55.
+constexpr uint64_t host_offset_mask = 0x00fffffffffffe00;
+
+}  // namespace qvmstate::qcow2

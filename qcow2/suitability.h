@@ -1,0 +1,25 @@
+// Whether an image can take part in a save, and if not, why and what helps. Asked before the guest
+// is stopped and again when the image is ours.
+#pragma once
+
+#include <string_view>
+
+#include "qcow2/image.h"
+#include "qcow2/io/result.h"
+
+namespace qvmstate::qcow2 {
+
+/// What the image is to hold: the vmstate and its disk snapshot, or the disk snapshot alone.
+enum class ImageRole { vmstate, disk_only };
+
+/// Whose the image is at the time of asking. While QEMU holds one with lazy refcounts, its dirty
+/// bit says nothing.
+enum class ImageUse { held_by_qemu, ours };
+
+/// Refuses by name and with the remedy: dirty and corrupt bits, external data file, raw data file,
+/// extended L2, zstd compression type, AES encryption, LUKS for ImageRole::vmstate, persistent
+/// bitmaps (loadvm refuses images that have any), unknown autoclear bits, refcounts of one bit, a
+/// full snapshot table.
+Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use = ImageUse::ours);
+
+}  // namespace qvmstate::qcow2

@@ -1,0 +1,332 @@
+// One image: a crash at any moment of a save, replacement, deletion, renaming or cancelled save
+// leaves the state before or the state after, which qemu-img check finds clean.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+
+#include "prepared_image.h"
+#include "recorder.h"
+
+namespace qvmstate::qcow2::test {
+namespace {
+
+enum class Action { save, replace, remove, rename, cancelled_save, remove_then_save };
+
+struct Case {
+  PreparedKind kind;
+  Action action;
+};
+
+const char *name_of(Action action) {
+  switch (action) {
+    case Action::save:
+      return "save";
+    case Action::replace:
+      return "replace";
+    case Action::remove:
+      return "delete";
+    case Action::rename:
+      return "rename";
+    case Action::cancelled_save:
+      return "cancelled_save";
+    case Action::remove_then_save:
+      return "delete_then_save";
+  }
+  return "?";
+}
+
+std::vector<Case> cases() {
+  std::vector<PreparedKind> kinds{
+      {2, 4 * kib, false}, {2, 64 * kib, true},  {3, 512, false},
+      {3, 4 * kib, true},  {3, 64 * kib, false}, {3, 2 * mib, true},
+  };
+  if (rounds() > 1) {
+    kinds.insert(kinds.end(), {{2, 512, true},
+                               {2, 2 * mib, false},
+                               {3, 512, true},
+                               {3, 4 * kib, false},
+                               {3, 64 * kib, true},
+                               {3, 2 * mib, false}});
+  }
+  std::vector<Case> all;
+  for (const PreparedKind &kind : kinds) {
+    for (const Action action : {Action::save, Action::replace, Action::remove, Action::rename,
+                                Action::cancelled_save, Action::remove_then_save}) {
+      all.push_back({kind, action});
+    }
+  }
+  return all;
+}
+
+const Bytes &old_stream() {
+  static const Bytes bytes = seeded_bytes(200 * kib + 3, 11);
+  return bytes;
+}
+const Bytes &new_stream() {
+  static const Bytes bytes = seeded_bytes(300 * kib + 5, 12);
+  return bytes;
+}
+constexpr uint32_t new_date = 1700001111;
+
+// A snapshot of QEMU's (id 1), one of ours with a vmstate (id 2), and a disk changed after each.
+void prepare(const std::string &path, const PreparedKind &kind) {
+  create_image(path, kind);
+  must(qemu_img({"snapshot", "-c", "old", path}));
+  write_generation(path, kind, 1);
+  {
+    const auto file = open_writable(path);
+    auto image = Image::open(*file);
+    if (!image || !save(*image, "victim", old_stream())) {
+      throw std::runtime_error("cannot prepare " + path);
+    }
+  }
+  write_generation(path, kind, 2);
+}
+
+SnapshotView fresh_snapshot(const ImageView &before, const std::string &id) {
+  return {before.active, new_stream(), id, new_date};
+}
+
+// The states the action goes through, each from what the action is meant to do.
+std::vector<ImageView> states(Action action, const ImageView &before) {
+  std::vector<ImageView> all{before};
+  ImageView after = before;
+  switch (action) {
+    case Action::save:
+      after.snapshots["fresh"] = fresh_snapshot(before, "3");
+      break;
+    case Action::replace:
+      after.snapshots["victim"] = fresh_snapshot(before, "3");
+      break;
+    case Action::remove:
+      after.snapshots.erase("victim");
+      break;
+    case Action::rename:
+      after.snapshots["kept"] = after.snapshots["victim"];
+      after.snapshots.erase("victim");
+      break;
+    case Action::cancelled_save:
+      return all;
+    case Action::remove_then_save:
+      after.snapshots.erase("victim");
+      all.push_back(after);
+      after.snapshots["fresh"] = fresh_snapshot(before, "2");
+      break;
+  }
+  all.push_back(after);
+  return all;
+}
+
+Result<void> perform(Action action, Image &image) {
+  SaveOptions options;
+  options.date_seconds = new_date;
+  options.buffer_bytes = 64 * kib;
+  switch (action) {
+    case Action::save:
+      return save(image, "fresh", new_stream(), options);
+    case Action::replace:
+      options.replace = true;
+      return save(image, "victim", new_stream(), options);
+    case Action::remove:
+      return remove(image, "victim", true);
+    case Action::rename:
+      return rename(image, "victim", "kept");
+    case Action::cancelled_save: {
+      QV_ASSIGN(auto edit, ImageEdit::begin(image));
+      NewSnapshot snapshot;
+      snapshot.name = "fresh";
+      QV_TRY(edit->add_snapshot(snapshot));
+      QV_TRY(write_stream(image.file(), edit->vmstate(), new_stream(), options.buffer_bytes));
+      return edit->abort();
+    }
+    case Action::remove_then_save:
+      QV_TRY(remove(image, "victim", true));
+      return save(image, "fresh", new_stream(), options);
+  }
+  return {};
+}
+
+int state_index(const std::vector<ImageView> &states, const ImageView &seen) {
+  const auto found = std::find(states.begin(), states.end(), seen);
+  return found == states.end() ? -1 : static_cast<int>(found - states.begin());
+}
+
+class OneImage : public testing::TestWithParam<Case> {
+ protected:
+  void SetUp() override {
+    if (!have_qemu_img()) {
+      GTEST_SKIP() << "qemu-img, which makes the images, is not installed";
+    }
+    path_ = scratch_.path("disk.qcow2");
+    prepare(path_, GetParam().kind);
+    before_ = view_of(path_);
+    ASSERT_EQ(before_.snapshots.size(), 2U);
+    ASSERT_TRUE(before_.snapshots["victim"].vmstate == old_stream());
+    ASSERT_FALSE(before_.snapshots["victim"].disk == before_.active);
+    ASSERT_FALSE(before_.snapshots["old"].disk == before_.active);
+    states_ = states(GetParam().action, before_);
+    contents_ = read_file(path_);
+  }
+
+  void record(Clock &clock) {
+    RecordedImage image(clock, 0, path_);
+    const auto done = perform(GetParam().action, *image);
+    ASSERT_TRUE(done) << done.error().message;
+  }
+
+  // As QEMU's tool reads them, backing file included.
+  std::map<std::string, Bytes> disks(const std::string &path) {
+    std::map<std::string, Bytes> all;
+    for (const char *name : {"", "old"}) {
+      all[name] = converted_counted(path, name);
+    }
+    return all;
+  }
+
+  ScratchFolder scratch_;
+  std::string path_;
+  ImageView before_;
+  std::vector<ImageView> states_;
+  Bytes contents_;
+};
+
+TEST_P(OneImage, CutAfterEveryChange) {
+  Clock clock;
+  record(clock);
+  const auto disks_before = disks(path_);
+  CutFile cut(scratch_.path("cut.qcow2"), contents_);
+  int reached = 0;
+  const size_t convert_every = std::max<size_t>(1, clock.changes.size() / 3);
+  for (size_t changes = 0; changes <= clock.changes.size(); ++changes) {
+    SCOPED_TRACE("after change " + std::to_string(changes) + " of " +
+                 std::to_string(clock.changes.size()));
+    if (changes > 0) {
+      cut.apply(clock.changes[changes - 1].entry);
+    }
+    // Tables of 2 MiB are written in many pieces: in the normal run every fourth of these is a cut.
+    const bool is_piece = changes > 0 && GetParam().kind.cluster_bytes == 2 * mib &&
+                          clock.changes[changes - 1].entry.operation == io::FileOperation::write &&
+                          clock.changes[changes - 1].entry.offset != switch_offset;
+    if (is_piece && rounds() == 1 && changes % 4 != 0) {
+      continue;
+    }
+    ++tally().cuts;
+    ASSERT_EQ(checked(cut.path()), "");
+    const int state = state_index(states_, view_of(cut.path()));
+    ASSERT_GE(state, reached) << (state < 0 ? "neither old nor new" : "went back");
+    reached = state;
+    if (changes % convert_every == 0) {
+      ASSERT_TRUE(disks(cut.path()) == disks_before);
+    }
+  }
+  EXPECT_EQ(reached, static_cast<int>(states_.size()) - 1);
+}
+
+// A disk with a cache: what was written since the last sync may be there or not, in any order,
+// whole or in part.
+TEST_P(OneImage, UnsyncedWritesLostReorderedOrTorn) {
+  Clock clock;
+  record(clock);
+  std::mt19937_64 random(static_cast<uint64_t>(GetParam().action) * 1000 +
+                         GetParam().kind.cluster_bytes + GetParam().kind.version);
+  for (unsigned round = 0; round < (GetParam().kind.cluster_bytes == 2 * mib ? 3 : 8) * rounds();
+       ++round) {
+    const size_t changes = random() % (clock.changes.size() + 1);
+    size_t synced = changes;
+    while (synced > 0 && clock.changes[synced - 1].entry.operation != io::FileOperation::sync) {
+      --synced;
+    }
+    CutFile cut(scratch_.path("torn.qcow2"), contents_);
+    for (size_t i = 0; i < synced; ++i) {
+      cut.apply(clock.changes[i].entry);
+    }
+    const int durable = state_index(states_, view_of(cut.path()));
+    ASSERT_GE(durable, 0);
+    std::vector<size_t> unsynced;
+    for (size_t i = synced; i < changes; ++i) {
+      unsynced.push_back(i);
+    }
+    std::shuffle(unsynced.begin(), unsynced.end(), random);
+    for (const size_t i : unsynced) {
+      switch (random() % 3) {
+        case 0:
+          break;
+        case 1:
+          cut.apply(clock.changes[i].entry);
+          break;
+        case 2:
+          cut.apply_torn(clock.changes[i].entry, random);
+          break;
+      }
+    }
+    ++tally().torn;
+    SCOPED_TRACE("round " + std::to_string(round) + ", " + std::to_string(synced) +
+                 " changes synced, " + std::to_string(changes - synced) + " not");
+    ASSERT_EQ(checked(cut.path()), "");
+    const int state = state_index(states_, view_of(cut.path()));
+    ASSERT_GE(state, durable);
+  }
+}
+
+// Every operation fails once. What cannot be done is undone and leaves no trace.
+TEST_P(OneImage, EveryOperationFailsOnce) {
+  Clock clean;
+  uint64_t opening = 0;
+  {
+    RecordedImage image(clean, 0, path_);
+    opening = clean.operations;
+    ASSERT_TRUE(perform(GetParam().action, *image));
+  }
+  // Large clusters come in many equal pieces: a part of them in the normal run.
+  const uint64_t operations = clean.operations - opening;
+  const uint64_t step =
+      rounds() > 1 ? 1
+                   : std::max<uint64_t>(
+                         1, operations / (GetParam().kind.cluster_bytes == 2 * mib ? 20 : 100));
+  for (uint64_t nth = 0; nth < operations; nth += step) {
+    const int error = nth / step % 2 == 0 ? EIO : ENOSPC;
+    SCOPED_TRACE("operation " + std::to_string(nth) + " of " + std::to_string(operations) +
+                 " fails with errno " + std::to_string(error));
+    Clock clock;
+    clock.fail_at = opening + nth;
+    clock.fail_errno = error;
+    RecordedImage image(clock, 0, path_);
+    const auto done = perform(GetParam().action, *image);
+    ASSERT_TRUE(clock.failed);
+    ++tally().faults;
+    // The write or flush that is the commit: which side it fell on cannot be known.
+    const bool header_written =
+        clock.failed_offset == switch_offset ||
+        std::any_of(clock.changes.begin(), clock.changes.end(), [](const Clock::Change &change) {
+          return change.entry.operation == io::FileOperation::write &&
+                 change.entry.offset == switch_offset;
+        });
+    const std::string path = scratch_.path("failed.qcow2");
+    write_sparse(path, image.contents());
+    ASSERT_EQ(checked(path), "");
+    const int state = state_index(states_, view_of(path));
+    ASSERT_GE(state, 0) << (done ? "it succeeded" : done.error().message);
+    if (done) {
+      // Reserving room ahead, or giving space back after the commit, may fail.
+      EXPECT_EQ(state, static_cast<int>(states_.size()) - 1);
+      continue;
+    }
+    EXPECT_NE(done.error().message.find("disk.qcow2"), std::string::npos) << done.error().message;
+    if (!header_written && GetParam().action != Action::cancelled_save) {
+      // Undone: the file is as long as it was, and what differs is free clusters made holes.
+      EXPECT_EQ(state, 0);
+      const Bytes &now = image.contents();
+      ASSERT_EQ(now.size(), contents_.size());
+      EXPECT_TRUE(std::equal(now.begin(), now.end(), contents_.begin(),
+                             [](std::byte a, std::byte b) { return a == b || a == std::byte{0}; }));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Crash, OneImage, testing::ValuesIn(cases()), [](const auto &info) {
+  return kind_name(info.param.kind) + "_" + name_of(info.param.action);
+});
+
+}  // namespace
+}  // namespace qvmstate::qcow2::test

@@ -1,0 +1,196 @@
+#include "edit_helpers.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+
+#include "qcow2/cluster_reader.h"
+#include "qcow2/io/buffer_pool.h"
+
+namespace qvmstate::qcow2::test {
+namespace {
+
+std::string program(const char *variable, const char *otherwise) {
+  const char *named = std::getenv(variable);
+  return named ? named : otherwise;
+}
+
+Result<DiskView> disk_view(const Image &image, HostOffset l1_offset, uint32_t l1_entries,
+                           uint64_t disk_bytes) {
+  ClusterReader reader(image, l1_offset, l1_entries);
+  DiskView disk;
+  disk.bytes.resize(disk_bytes);
+  for (uint64_t at = 0; at < disk_bytes;) {
+    QV_ASSIGN(const ClusterReader::Extent extent, reader.extent_at(GuestOffset(at)));
+    const uint64_t bytes = std::min(extent.bytes, disk_bytes - at);
+    if (bytes == 0) {
+      throw std::runtime_error("an extent of no bytes");
+    }
+    if (extent.kind == ClusterKind::unallocated) {
+      if (!disk.unallocated.empty() &&
+          disk.unallocated.back().first + disk.unallocated.back().second == at) {
+        disk.unallocated.back().second += bytes;
+      } else {
+        disk.unallocated.emplace_back(at, bytes);
+      }
+    } else if (extent.kind == ClusterKind::data || extent.kind == ClusterKind::compressed) {
+      QV_TRY(reader.read(GuestOffset(at), std::span(disk.bytes).subspan(at, bytes)));
+    }
+    at += bytes;
+  }
+  return disk;
+}
+
+}  // namespace
+
+Bytes seeded_bytes(size_t count, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  Bytes bytes(count);
+  for (size_t at = 0; at < count; at += 8) {
+    const uint64_t word = at / 4096 % 4 == 3 ? 0 : random();
+    std::memcpy(bytes.data() + at, &word, std::min<size_t>(8, count - at));
+  }
+  return bytes;
+}
+
+CommandResult qemu_img(std::vector<std::string> arguments) {
+  arguments.insert(arguments.begin(), program("QVMSTATE_QEMU_IMG", "qemu-img"));
+  return run_command(arguments);
+}
+
+CommandResult qemu_io(const std::string &path, const std::vector<std::string> &commands) {
+  std::vector<std::string> words{program("QVMSTATE_QEMU_IO", "qemu-io"), "-f", "qcow2"};
+  for (const std::string &command : commands) {
+    words.insert(words.end(), {"-c", command});
+  }
+  words.push_back(path);
+  return run_command(words);
+}
+
+bool have_qemu_img() {
+  return have_tool(program("QVMSTATE_QEMU_IMG", "qemu-img"));
+}
+
+std::string check_complaint(const std::string &path) {
+  const CommandResult result = qemu_img({"check", "-f", "qcow2", path});
+  if (result.status == 0 && result.output.starts_with("No errors were found on the image.")) {
+    return {};
+  }
+  return "exit " + std::to_string(result.status) + ": " + result.output;
+}
+
+Bytes converted(const std::string &path, const std::string &snapshot) {
+  const std::string to = path + ".converted";
+  std::vector<std::string> arguments{"convert", "-f", "qcow2", "-O", "raw"};
+  if (!snapshot.empty()) {
+    arguments.insert(arguments.end(), {"-l", "snapshot.name=" + snapshot});
+  }
+  arguments.insert(arguments.end(), {path, to});
+  const CommandResult result = qemu_img(arguments);
+  if (result.status != 0) {
+    throw std::runtime_error("qemu-img convert " + path + " " + snapshot + ": " + result.output);
+  }
+  Bytes bytes = read_file(to);
+  std::filesystem::remove(to);
+  return bytes;
+}
+
+std::unique_ptr<io::File> open_writable(const std::string &path, io::Engine engine) {
+  io::OpenOptions options;
+  options.writable = true;
+  options.engine = engine;
+  auto file = io::File::open(path, options);
+  if (!file) {
+    throw std::runtime_error(file.error().message);
+  }
+  return std::move(*file);
+}
+
+Result<void> write_stream(io::File &file, io::Placement &placement,
+                          std::span<const std::byte> stream, size_t buffer_bytes) {
+  QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(4, buffer_bytes));
+  io::StreamBuffer buffer(file, pool, placement);
+  QV_TRY(buffer.put(stream));
+  return buffer.finish();
+}
+
+Result<void> save(Image &image, const std::string &name, std::span<const std::byte> stream,
+                  const SaveOptions &options) {
+  NewSnapshot snapshot;
+  snapshot.name = name;
+  snapshot.date_seconds = options.date_seconds;
+  snapshot.clock_nanos = 5'000'000'000;
+  QV_TRY(check_save_name({&image}, name, options.replace));
+  QV_ASSIGN(auto edit, ImageEdit::begin(image));
+  const int old = find_snapshot(image.snapshots(), name);
+  if (old >= 0) {
+    QV_TRY(edit->remove_snapshot(static_cast<size_t>(old)));
+  }
+  QV_TRY(edit->add_snapshot(snapshot));
+  if (!stream.empty()) {
+    edit->expect_stream_bytes(stream.size());
+    QV_TRY(write_stream(image.file(), edit->vmstate(), stream, options.buffer_bytes));
+  }
+  return edit->commit(stream.size());
+}
+
+Result<void> remove(Image &image, const std::string &name, bool give_back_space) {
+  const int index = find_snapshot(image.snapshots(), name);
+  if (index < 0) {
+    return fail(ErrorCode::not_found, name);
+  }
+  QV_ASSIGN(auto edit, ImageEdit::begin(image));
+  QV_TRY(edit->remove_snapshot(static_cast<size_t>(index)));
+  QV_TRY(edit->commit(0));
+  if (give_back_space) {
+    edit->give_back_space();
+  }
+  return {};
+}
+
+Result<void> rename(Image &image, const std::string &name, const std::string &to) {
+  const int index = find_snapshot(image.snapshots(), name);
+  if (index < 0) {
+    return fail(ErrorCode::not_found, name);
+  }
+  QV_ASSIGN(auto edit, ImageEdit::begin(image));
+  QV_TRY(edit->rename_snapshot(static_cast<size_t>(index), to));
+  return edit->commit(0);
+}
+
+Result<ImageView> view(const Image &image) {
+  ImageView seen;
+  const Header &header = image.header();
+  QV_ASSIGN(seen.active, disk_view(image, header.l1_offset, header.l1_entries, header.disk_bytes));
+  for (const Snapshot &snapshot : image.snapshots()) {
+    SnapshotView &entry = seen.snapshots[snapshot.name];
+    if (!entry.id.empty()) {
+      throw std::runtime_error("two snapshots are named " + snapshot.name);
+    }
+    QV_ASSIGN(entry.disk,
+              disk_view(image, snapshot.l1_offset, snapshot.l1_entries, snapshot.disk_bytes));
+    entry.vmstate.resize(snapshot.vmstate_bytes);
+    if (!entry.vmstate.empty()) {
+      VmstateReader reader(image, snapshot);
+      QV_TRY(reader.read(StreamOffset(0), entry.vmstate));
+    }
+    entry.id = snapshot.id;
+    entry.date_seconds = snapshot.date_seconds;
+  }
+  return seen;
+}
+
+Result<Bytes> vmstate_of(const Image &image, const std::string &name) {
+  const int index = find_snapshot(image.snapshots(), name);
+  if (index < 0) {
+    return fail(ErrorCode::not_found, name);
+  }
+  const Snapshot &snapshot = image.snapshots()[static_cast<size_t>(index)];
+  Bytes bytes(snapshot.vmstate_bytes);
+  VmstateReader reader(image, snapshot);
+  QV_TRY(reader.read(StreamOffset(0), bytes));
+  return bytes;
+}
+
+}  // namespace qvmstate::qcow2::test

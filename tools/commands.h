@@ -1,0 +1,57 @@
+// The subcommands: what each is told, and the function that does it and returns the exit status.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "plugin/qemu/operations.h"
+#include "tools/output.h"
+
+namespace qvmstate::tools {
+
+// On a running VM (online.cc).
+
+struct SaveCommand {
+  std::string qmp;      ///< of these two
+  std::string control;  ///< one is set
+  qemu::SaveOptions options;
+  Format format = Format::human;
+  bool quiet = false;
+};
+int run_save(const SaveCommand &command);
+
+struct LoadCommand {
+  std::string name;
+  std::string qmp;
+  Format format = Format::human;
+};
+int run_load(const LoadCommand &command);
+
+struct ResumeCommand {
+  std::string qmp;
+  Format format = Format::human;
+};
+int run_resume(const ResumeCommand &command);
+
+struct DeleteCommand {
+  std::string name;
+  std::string qmp;                  ///< of these two
+  std::vector<std::string> images;  ///< one is set
+  Format format = Format::human;
+};
+int run_delete_live(const DeleteCommand &command);
+
+// On images that no VM is using (offline.cc).
+
+int run_delete_offline(const DeleteCommand &command);
+
+struct ReadCommand {
+  std::string image;
+  std::string name;          ///< info only; empty: the image itself
+  bool force_share = false;  ///< read without locks while a VM writes
+  Format format = Format::human;
+};
+int run_list(const ReadCommand &command);
+int run_info(const ReadCommand &command);
+
+}  // namespace qvmstate::tools

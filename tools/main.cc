@@ -1,0 +1,207 @@
+// The qvmstate command: its words and what they start.
+//
+// Exit status: 0 done, 1 refused or failed, 2 wrong usage.
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <map>
+#include <sstream>
+
+#include "tools/commands.h"
+#include "tools/format.h"
+
+namespace qvmstate::tools {
+
+namespace {
+
+constexpr size_t buffers_max = 1024;
+
+const std::map<std::string, Format> formats = {{"human", Format::human}, {"json", Format::json}};
+const std::map<std::string, io::DirectMode> direct_modes = {
+    {"auto", io::DirectMode::automatic}, {"on", io::DirectMode::on}, {"off", io::DirectMode::off}};
+const std::map<std::string, io::Engine> engines = {{"auto", io::Engine::automatic},
+                                                   {"io_uring", io::Engine::uring},
+                                                   {"threads", io::Engine::threads}};
+
+template <class T>
+void add_choice(CLI::App &app, const std::string &option, T &target,
+                const std::map<std::string, T> &choices, const std::string &help) {
+  std::string words;
+  for (const auto &[word, value] : choices) {
+    words += (words.empty() ? "" : "|") + word;
+  }
+  app.add_option(option, target, help)
+      ->type_name(words)
+      ->transform([words, choices](std::string word) {
+        const auto found = choices.find(word);
+        if (found == choices.end()) {
+          throw CLI::ValidationError("'" + word + "' is not one of " + words);
+        }
+        return std::to_string(static_cast<int>(found->second));
+      });
+}
+
+CLI::Option *add_qmp(CLI::App &app, std::string &target) {
+  return app.add_option("--qmp", target, "QMP socket of the running QEMU (-qmp unix:SOCK,...)")
+      ->type_name("SOCK");
+}
+
+void add_name(CLI::App &app, std::string &target) {
+  app.add_option("NAME", target, "Name of the snapshot")->required()->type_name("");
+}
+
+void add_format(CLI::App &app, Format &target) {
+  add_choice(app, "--format", target, formats, "How to print; json: one event a line");
+}
+
+void add_save(CLI::App &app, SaveCommand &command) {
+  CLI::App *save = app.add_subcommand("save", "Save the state of a running VM into its own qcow2");
+  add_name(*save, command.options.name);
+  CLI::Option_group *where = save->add_option_group("which VM");
+  add_qmp(*where, command.qmp);
+  where->add_option("--control", command.control, "Control socket of the plugin in QEMU")
+      ->type_name("SOCK");
+  where->require_option(1);
+  save->add_flag("--replace", command.options.replace,
+                 "Take the place of a snapshot of that name, once the new one is there");
+  save->add_option("--vmstate-node", command.options.vmstate_node,
+                   "Block node for the state; default: the one that loadvm looks at first")
+      ->type_name("NODE");
+  add_choice(*save, "--direct", command.options.direct, direct_modes,
+             "Bypass the page cache (O_DIRECT)");
+  add_choice(*save, "--engine", command.options.engine, engines, "What does the file I/O");
+  save->add_option("--limit-rate",
+                   "Bytes written per second at most: 500000, 10M, 1.5G (powers of 1024)")
+      ->type_name("RATE")
+      ->each([&command](const std::string &text) {
+        const Result<uint64_t> rate = parse_rate(text);
+        if (!rate) {
+          throw CLI::ValidationError(rate.error().message);
+        }
+        command.options.rate_limit_bytes_per_second = *rate;
+      });
+  save->add_option("--buffers", command.options.buffers, "Number of 1 MiB buffers")
+      ->check(CLI::Range(io::buffer_count_min, buffers_max))
+      ->type_name("N");
+  add_format(*save, command.format);
+  save->add_flag("-q,--quiet", command.quiet, "No progress and no summary; with json only the end");
+  save->footer(
+      "Examples:\n"
+      "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save nightly --replace --limit-rate 200M --qmp /run/vm/qmp.sock");
+}
+
+void add_delete(CLI::App &app, DeleteCommand &command) {
+  CLI::App *remove = app.add_subcommand("delete", "Delete a snapshot from images or a running VM");
+  add_name(*remove, command.name);
+  CLI::Option_group *where = remove->add_option_group("which images or VM");
+  where
+      ->add_option("IMAGE", command.images,
+                   "All qcow2 images of the VM, first the one with the state")
+      ->type_name("");
+  add_qmp(*where, command.qmp);
+  where->require_option(1);
+  add_format(*remove, command.format);
+  remove->footer(
+      "Examples:\n"
+      "  qvmstate delete nightly --qmp /run/vm/qmp.sock\n"
+      "  qvmstate delete nightly system.qcow2 data.qcow2");
+}
+
+CLI::App *add_read(CLI::App &app, const std::string &name, const std::string &help,
+                   ReadCommand &command) {
+  CLI::App *read = app.add_subcommand(name, help);
+  read->add_option("IMAGE", command.image, "A qcow2 image")->required()->type_name("");
+  read->add_flag("-U,--force-share", command.force_share,
+                 "Read without locks while a VM uses the image; what is read may be torn");
+  add_format(*read, command.format);
+  return read;
+}
+
+int run(int argc, char **argv) {
+  CLI::App app(
+      "Saves the state of a running QEMU into its own qcow2, so that plain loadvm loads it.",
+      "qvmstate");
+  app.set_version_flag("--version", "qvmstate " QVMSTATE_VERSION);
+  app.require_subcommand(1);
+  app.footer(
+      "Examples:\n"
+      "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
+      "  qvmstate list disk.qcow2\n"
+      "  qvmstate info disk.qcow2 before-upgrade\n"
+      "  qvmstate load before-upgrade --qmp /run/vm/qmp.sock\n"
+      "  qvmstate delete before-upgrade --qmp /run/vm/qmp.sock\n"
+      "A name that starts with '-' comes last, after '--'.\n"
+      "Exit status: 0 done, 1 refused or failed, 2 wrong usage.");
+
+  SaveCommand save;
+  add_save(app, save);
+
+  LoadCommand load;
+  CLI::App *load_app = app.add_subcommand("load", "Load a snapshot into a running VM (loadvm)");
+  add_name(*load_app, load.name);
+  add_qmp(*load_app, load.qmp)->required();
+  add_format(*load_app, load.format);
+
+  ResumeCommand resume;
+  CLI::App *resume_app = app.add_subcommand(
+      "resume", "Bring a VM back after a save that was killed together with its guardian");
+  add_qmp(*resume_app, resume.qmp)->required();
+  add_format(*resume_app, resume.format);
+
+  ReadCommand list, info;
+  add_read(app, "list", "List the snapshots of an image", list);
+  CLI::App *info_app = add_read(app, "info", "Tell about an image or one of its snapshots", info);
+  info_app->add_option("NAME", info.name, "A snapshot; default: the image itself")->type_name("");
+
+  DeleteCommand remove;
+  add_delete(app, remove);
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError &error) {
+    if (error.get_exit_code() == 0) {
+      std::ostringstream out;
+      app.exit(error, out, out);
+      return finish("help", out.str());
+    }
+    std::string where = "usage";
+    std::string message = error.what();
+    if (argc > 1 && argv[1][0] != '-' && app.get_subcommands().empty()) {
+      message = std::string("there is no command '") + argv[1] + "'";
+    }
+    for (const CLI::App *subcommand : app.get_subcommands()) {
+      where = subcommand->get_name();
+    }
+    write_stderr("qvmstate: " + where + ": " + printable(message) + "\nTry 'qvmstate " +
+                 (where == "usage" ? "" : where + " ") + "--help'.\n");
+    return exit_usage;
+  }
+
+  if (app.got_subcommand("save")) {
+    return run_save(save);
+  }
+  if (app.got_subcommand("load")) {
+    return run_load(load);
+  }
+  if (app.got_subcommand("resume")) {
+    return run_resume(resume);
+  }
+  if (app.got_subcommand("list")) {
+    return run_list(list);
+  }
+  if (app.got_subcommand("info")) {
+    return run_info(info);
+  }
+  return remove.qmp.empty() ? run_delete_offline(remove) : run_delete_live(remove);
+}
+
+}  // namespace
+
+}  // namespace qvmstate::tools
+
+int main(int argc, char **argv) {
+  // A closed pipe or socket is an error that a write returns.
+  signal(SIGPIPE, SIG_IGN);
+  qvmstate::tools::guard_standard_descriptors();
+  return qvmstate::tools::run(argc, argv);
+}

@@ -1,0 +1,325 @@
+// Commands on images without QEMU: list, info, and delete of images that no VM uses.
+//
+// list and info hold the lock of a reader, so that no VM starts to write what is being read; with
+// force-share they take none. delete holds the lock of a writer.
+#include <fmt/format.h>
+#include <sys/stat.h>
+
+#include <memory>
+#include <set>
+#include <utility>
+
+#include "qcow2/cluster_reader.h"
+#include "qcow2/image.h"
+#include "qcow2/image_set.h"
+#include "qcow2/io/file.h"
+#include "qcow2/locks.h"
+#include "qcow2/suitability.h"
+#include "tools/commands.h"
+#include "tools/format.h"
+#include "vmstate/stream_reader.h"
+
+namespace qvmstate::tools {
+
+namespace {
+
+struct OpenImage {
+  std::unique_ptr<io::File> file;
+  qcow2::ImageLock lock;
+  qcow2::Image image;
+};
+
+Result<OpenImage> open_image(const std::string &path, bool writable, bool locked) {
+  io::OpenOptions options;
+  options.writable = writable;
+  options.direct = io::DirectMode::off;
+  OpenImage opened;
+  QV_ASSIGN(opened.file, io::File::open(path, options));
+  if (locked) {
+    const qcow2::LockRole role =
+        writable ? qcow2::LockRole::writer : qcow2::LockRole::stable_reader;
+    auto lock = qcow2::ImageLock::take(opened.file->descriptors(), role, path);
+    if (!lock) {
+      if (lock.error().code == ErrorCode::locked) {
+        lock.error().message +=
+            writable ? "; on a running VM use --qmp" : "; or read it as it is with --force-share";
+      }
+      return tl::unexpected(std::move(lock).error());
+    }
+    opened.lock = std::move(*lock);
+  }
+  QV_ASSIGN(opened.image, qcow2::Image::open(*opened.file));
+  return opened;
+}
+
+/// Field names as in `qemu-img info --output=json`.
+Json snapshot_json(const qcow2::Snapshot &snapshot) {
+  Json json = {{"id", snapshot.id},
+               {"name", snapshot.name},
+               {"vm-state-size", snapshot.vmstate_bytes},
+               {"date-sec", snapshot.date_seconds},
+               {"date-nsec", snapshot.date_nanos},
+               {"vm-clock-sec", snapshot.clock_nanos / 1000000000},
+               {"vm-clock-nsec", snapshot.clock_nanos % 1000000000}};
+  if (snapshot.icount != qcow2::icount_none) {
+    json["icount"] = static_cast<int64_t>(snapshot.icount);
+  }
+  json["disk-size"] = snapshot.disk_bytes;
+  return json;
+}
+
+std::string size_and_bytes(uint64_t bytes) {
+  return fmt::format("{} ({} bytes)", format_size(bytes), bytes);
+}
+
+std::vector<std::string> features(const qcow2::Header &header) {
+  std::vector<std::string> names;
+  const auto add = [&names](bool present, const char *name) {
+    if (present) {
+      names.emplace_back(name);
+    }
+  };
+  const uint64_t incompatible = header.incompatible_features;
+  add(incompatible & qcow2::incompatible::dirty, "dirty");
+  add(incompatible & qcow2::incompatible::corrupt, "corrupt");
+  add(incompatible & qcow2::incompatible::data_file, "external data file");
+  add(header.compression_type == 1, "zstd compression");
+  add(incompatible & qcow2::incompatible::extended_l2, "extended L2");
+  add(header.compatible_features & qcow2::compatible::lazy_refcounts, "lazy refcounts");
+  add(header.autoclear_features & qcow2::autoclear::bitmaps, "persistent bitmaps");
+  add(header.autoclear_features & qcow2::autoclear::raw_data_file, "raw data file");
+  add(header.crypt_method == 1, "AES encryption");
+  add(header.crypt_method == 2, "LUKS encryption");
+  return names;
+}
+
+std::string image_info(const qcow2::Image &image, Format format, qcow2::ImageUse use) {
+  const qcow2::Header &header = image.header();
+  const Result<void> suits = qcow2::check_image_suits(image, qcow2::ImageRole::vmstate, use);
+  const bool disk_suits =
+      qcow2::check_image_suits(image, qcow2::ImageRole::disk_only, use).has_value();
+  const std::vector<std::string> feature_names = features(header);
+  if (format == Format::json) {
+    Json json = {{"filename", image.name()},
+                 {"format", "qcow2"},
+                 {"version", header.version},
+                 {"virtual-size", header.disk_bytes},
+                 {"cluster-size", header.geometry.cluster_bytes()},
+                 {"refcount-bits", header.geometry.refcount_bits()},
+                 {"features", feature_names},
+                 {"persistent-bitmaps", header.persistent_bitmaps()},
+                 {"snapshots", image.snapshots().size()},
+                 {"can-take-vmstate", suits.has_value()},
+                 {"can-take-disk-snapshot", disk_suits}};
+    if (!header.backing_name.empty()) {
+      json["backing-filename"] = header.backing_name;
+    }
+    if (!suits) {
+      json["reason"] = suits.error().message;
+    }
+    return to_line(json);
+  }
+  std::string text = fmt::format(
+      "image: {}\nformat: qcow2 version {}\nvirtual size: {}\ncluster size: {}\n"
+      "refcount bits: {}\nfeatures: {}\n",
+      printable(image.name()), header.version, size_and_bytes(header.disk_bytes),
+      size_and_bytes(header.geometry.cluster_bytes()), header.geometry.refcount_bits(),
+      feature_names.empty() ? "none" : fmt::format("{}", fmt::join(feature_names, ", ")));
+  if (!header.backing_name.empty()) {
+    text += "backing file: " + printable(header.backing_name) + "\n";
+  }
+  text += fmt::format("snapshots: {}\n", image.snapshots().size());
+  if (suits) {
+    text += "can take a VM state: yes\n";
+  } else {
+    text += fmt::format("can take a VM state: no{}: {}\n",
+                        disk_suits ? ", but the snapshot of its disk" : "",
+                        printable(suits.error().message));
+  }
+  return text;
+}
+
+class SnapshotStream : public vmstate::StreamSource {
+ public:
+  SnapshotStream(const qcow2::Image &image, const qcow2::Snapshot &snapshot)
+      : reader_(image, snapshot) {}
+  Result<void> read(StreamOffset offset, std::span<std::byte> to) override {
+    return reader_.read(offset, to);
+  }
+  uint64_t bytes_max() const override { return reader_.mapped_bytes(); }
+
+ private:
+  qcow2::VmstateReader reader_;
+};
+
+std::string stream_text(const vmstate::StreamSummary &stream) {
+  std::string text =
+      fmt::format("stream: legacy layout, {}\nmachine type: {}\n",
+                  size_and_bytes(stream.stream_bytes), printable(stream.machine_type));
+  if (!stream.capabilities.empty()) {
+    text += printable(fmt::format("capabilities: {}", fmt::join(stream.capabilities, ", "))) + "\n";
+  }
+  text += fmt::format("pages of {}: {} with data, {} zero\nRAM blocks:\n",
+                      format_size(stream.page_bytes), stream.data_pages, stream.zero_pages);
+  for (const vmstate::StreamBlock &block : stream.blocks) {
+    text += fmt::format("  {:<32} {:>10}\n", printable(block.idstr), format_size(block.used_bytes));
+  }
+  text += "devices (instance, version, size):\n";
+  for (const vmstate::StreamSection &device : stream.devices) {
+    text += fmt::format("  {:<32} {:>3} {:>3} {:>10}\n", printable(device.idstr), device.instance,
+                        device.version, format_size(device.bytes));
+  }
+  return text;
+}
+
+Json stream_json(const vmstate::StreamSummary &stream) {
+  Json blocks = Json::array();
+  for (const vmstate::StreamBlock &block : stream.blocks) {
+    blocks.push_back({{"name", block.idstr}, {"size", block.used_bytes}});
+  }
+  Json devices = Json::array();
+  for (const vmstate::StreamSection &device : stream.devices) {
+    devices.push_back({{"name", device.idstr},
+                       {"instance", device.instance},
+                       {"version", device.version},
+                       {"size", device.bytes}});
+  }
+  Json json = {{"layout", "legacy"},
+               {"size", stream.stream_bytes},
+               {"machine-type", stream.machine_type},
+               {"capabilities", stream.capabilities},
+               {"page-size", stream.page_bytes},
+               {"data-pages", stream.data_pages},
+               {"zero-pages", stream.zero_pages},
+               {"ram-blocks", std::move(blocks)},
+               {"devices", std::move(devices)}};
+  if (stream.target_page_bits) {
+    json["target-page-bits"] = *stream.target_page_bits;
+  }
+  return json;
+}
+
+int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Format format) {
+  if (snapshot.vmstate_bytes == 0) {
+    if (format == Format::json) {
+      return finish("info", to_line(snapshot_json(snapshot)));
+    }
+    return finish("info", format_snapshot_list({&snapshot, 1}) +
+                              fmt::format("disk size: {}\nno VM state: disk only\n",
+                                          size_and_bytes(snapshot.disk_bytes)));
+  }
+  SnapshotStream source(image, snapshot);
+  const Result<vmstate::StreamSummary> stream = vmstate::read_stream(source);
+  if (!stream) {
+    return report_failure("info",
+                          with_context(stream.error(), fmt::format("{}: VM state of snapshot '{}'",
+                                                                   image.name(), snapshot.name)),
+                          format);
+  }
+  if (format == Format::json) {
+    Json json = snapshot_json(snapshot);
+    json["stream"] = stream_json(*stream);
+    return finish("info", to_line(json));
+  }
+  return finish("info", format_snapshot_list({&snapshot, 1}) +
+                            fmt::format("disk size: {}\n", size_and_bytes(snapshot.disk_bytes)) +
+                            stream_text(*stream));
+}
+
+/// Two names of one file would look like a lock held by somebody else.
+Result<void> check_all_differ(const std::vector<std::string> &paths) {
+  std::set<std::pair<dev_t, ino_t>> seen;
+  for (const std::string &path : paths) {
+    struct stat status = {};
+    // What cannot be looked at is refused, with its reason, when it is opened.
+    if (stat(path.c_str(), &status) == 0 && !seen.insert({status.st_dev, status.st_ino}).second) {
+      return fail(ErrorCode::bad_argument, path + ": is given twice; name each image once");
+    }
+  }
+  return {};
+}
+
+Result<std::vector<std::string>> delete_offline(const DeleteCommand &command) {
+  QV_TRY(check_all_differ(command.images));
+  std::vector<OpenImage> opened;
+  std::vector<qcow2::Image *> images;
+  opened.reserve(command.images.size());
+  for (const std::string &path : command.images) {
+    QV_ASSIGN(OpenImage image, open_image(path, true, true));
+    opened.push_back(std::move(image));
+    images.push_back(&opened.back().image);
+    QV_TRY(qcow2::check_image_suits(*images.back(), qcow2::ImageRole::disk_only));
+  }
+  std::vector<std::string> notes;
+  // Settling it takes all images of the VM, and nobody says that these are all.
+  if (qcow2::needs_recovery(images)) {
+    notes.push_back(
+        "the images seem to hold a part of a save over several disks that was interrupted; if so, "
+        "`qvmstate resume` on the running VM settles it");
+  }
+  QV_TRY(qcow2::delete_from_set(images, command.name, true));
+  return notes;
+}
+
+}  // namespace
+
+int run_list(const ReadCommand &command) {
+  const Result<OpenImage> opened = open_image(command.image, false, !command.force_share);
+  if (!opened) {
+    return report_failure("list", opened.error(), command.format);
+  }
+  const std::vector<qcow2::Snapshot> &snapshots = opened->image.snapshots();
+  if (command.format == Format::human) {
+    return finish("list", format_snapshot_list(snapshots));
+  }
+  Json array = Json::array();
+  for (const qcow2::Snapshot &snapshot : snapshots) {
+    array.push_back(snapshot_json(snapshot));
+  }
+  return finish("list", to_line(array));
+}
+
+int run_info(const ReadCommand &command) {
+  const Result<OpenImage> opened = open_image(command.image, false, !command.force_share);
+  if (!opened) {
+    return report_failure("info", opened.error(), command.format);
+  }
+  const qcow2::Image &image = opened->image;
+  if (command.name.empty()) {
+    const qcow2::ImageUse use =
+        command.force_share ? qcow2::ImageUse::held_by_qemu : qcow2::ImageUse::ours;
+    return finish("info", image_info(image, command.format, use));
+  }
+  const int index = qcow2::find_snapshot(image.snapshots(), command.name);
+  if (index < 0) {
+    return report_failure("info",
+                          Error{ErrorCode::not_found, 0,
+                                fmt::format("{}: has no snapshot named '{}'; `qvmstate list` shows "
+                                            "what it has",
+                                            command.image, command.name)},
+                          command.format);
+  }
+  return snapshot_info(image, image.snapshots()[static_cast<size_t>(index)], command.format);
+}
+
+int run_delete_offline(const DeleteCommand &command) {
+  const Result<std::vector<std::string>> notes = delete_offline(command);
+  if (!notes) {
+    return report_failure("delete", notes.error(), command.format);
+  }
+  for (const std::string &note : *notes) {
+    report_warning("delete", note);
+  }
+  if (command.format == Format::json) {
+    return finish("delete", to_line({{"event", "completed"},
+                                     {"operation", "delete"},
+                                     {"name", command.name},
+                                     {"images", command.images},
+                                     {"warnings", *notes}}));
+  }
+  return finish("delete",
+                fmt::format("deleted '{}' from {}\n", printable(command.name),
+                            printable(fmt::format("{}", fmt::join(command.images, ", ")))));
+}
+
+}  // namespace qvmstate::tools

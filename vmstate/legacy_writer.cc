@@ -1,0 +1,425 @@
+#include "vmstate/legacy_writer.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <string_view>
+#include <unordered_set>
+#include <vector>
+
+#include "qcow2/io/endian.h"
+#include "vmstate/page_scan.h"
+#include "vmstate/section_scan.h"
+#include "vmstate/stream_format.h"
+
+namespace qvmstate::vmstate {
+namespace {
+
+constexpr size_t page_header_bytes = 8;
+constexpr size_t zero_record_bytes = page_header_bytes + 1;
+constexpr uint64_t page_bytes_min = 4096;  // QEMU's targets; the flags need the bits below it
+constexpr uint64_t page_bytes_max = 64 * kib;
+constexpr uint64_t blocks_bytes_max = uint64_t{1} << 56;  // far above any guest; sums do not wrap
+// What is read before it is looked at again for zeros: small enough to be still in the L2 cache.
+constexpr size_t batch_bytes = 256 * kib;
+constexpr uint64_t hook_interval_bytes = 4 * mib;
+
+// Beside the pages and sections: headers, footers, end marks, the configuration; and the
+// description of a section, which is at most this many times as long as the section, or this long.
+constexpr uint64_t frame_bytes_max = 64 * kib;
+constexpr uint64_t description_factor = 8;
+constexpr uint64_t description_bytes_max = 1 * kib;
+
+/// Small parts of the stream, gathered before they are put.
+class Bytes {
+ public:
+  template <std::unsigned_integral T>
+  void add(T value) {
+    bytes_.resize(bytes_.size() + sizeof value);
+    store_be<T>(bytes_.data() + bytes_.size() - sizeof value, value);
+  }
+  void add_text(std::string_view text) {
+    for (const char c : text) {
+      bytes_.push_back(static_cast<std::byte>(c));
+    }
+  }
+  void add_short_text(std::string_view text) {
+    add(static_cast<uint8_t>(text.size()));
+    add_text(text);
+  }
+  std::span<const std::byte> span() const { return bytes_; }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
+
+bool is_early(const DeviceSection &section) {
+  return section.idstr.ends_with("virtio-mem-device-early");
+}
+
+/// In the order of the stream. QEMU loads virtio-mem's early section before RAM, because it says
+/// which parts of the device's RAM are plugged.
+std::vector<DeviceSection> stream_order(std::span<const DeviceSection> devices) {
+  std::vector<DeviceSection> ordered(devices.begin(), devices.end());
+  std::ranges::stable_partition(ordered, is_early);
+  return ordered;
+}
+
+Result<void> check_arguments(const StreamConfiguration &configuration,
+                             std::span<const RamBlock> blocks) {
+  const uint64_t page_bytes = configuration.page_bytes;
+  if (!std::has_single_bit(page_bytes) || page_bytes < page_bytes_min ||
+      page_bytes > page_bytes_max) {
+    return fail(ErrorCode::bad_argument, "vmstate stream: pages of " + std::to_string(page_bytes) +
+                                             " bytes; only powers "
+                                             "of two from 4096 to 65536 can be written");
+  }
+  if (blocks.empty()) {
+    return fail(ErrorCode::bad_argument, "vmstate stream: the VM has no RAM block that migrates");
+  }
+  std::unordered_set<std::string_view> names;
+  uint64_t total_bytes = 0;
+  for (const RamBlock &block : blocks) {
+    const std::string where = "vmstate stream: RAM block \"" + block.idstr + "\": ";
+    if (block.idstr.empty() || block.idstr.size() > section_idstr_bytes_max) {
+      return fail(ErrorCode::bad_argument, where + "its name must have 1 to 255 bytes");
+    }
+    if (!names.insert(block.idstr).second) {
+      return fail(ErrorCode::bad_argument, where + "two blocks have this name");
+    }
+    if (block.used_bytes == 0 || block.used_bytes % page_bytes != 0 ||
+        block.used_bytes > blocks_bytes_max - total_bytes) {
+      return fail(ErrorCode::bad_argument,
+                  where + "its size of " + std::to_string(block.used_bytes) +
+                      " bytes is not a multiple of the page size, or impossibly large");
+    }
+    total_bytes += block.used_bytes;
+  }
+  return {};
+}
+
+class LegacyWriter {
+ public:
+  LegacyWriter(io::StreamBuffer &out, const StreamConfiguration &configuration, RamSource &ram,
+               std::span<const DeviceSection> devices, const RamHook &hook)
+      : out_(out),
+        configuration_(configuration),
+        ram_(ram),
+        devices_(stream_order(devices)),
+        hook_(hook),
+        page_bytes_(configuration.page_bytes),
+        record_bytes_(page_header_bytes + configuration.page_bytes),
+        scratch_(page_header_bytes + 1 + section_idstr_bytes_max + configuration.page_bytes) {}
+
+  Result<StreamStats> write() {
+    const uint64_t start = out_.tell();
+    QV_TRY(put_head());
+    for (const DeviceSection &device : devices_) {
+      if (is_early(device)) {
+        QV_TRY(out_.put(device.whole));
+      }
+    }
+    QV_TRY(put_ram());
+    for (const DeviceSection &device : devices_) {
+      if (!is_early(device)) {
+        QV_TRY(out_.put(device.whole));
+      }
+    }
+    QV_TRY(put_tail());
+    stats_.stream_bytes = out_.tell() - start;
+    QV_TRY(out_.finish());
+    return stats_;
+  }
+
+ private:
+  Result<void> put_head() {
+    Bytes head;
+    head.add(stream_magic);
+    head.add(stream_version);
+    head.add(section_configuration);
+    head.add(static_cast<uint32_t>(configuration_.machine_type.size()));
+    head.add_text(configuration_.machine_type);
+    if (configuration_.target_page_bits) {
+      head.add(section_subsection);
+      head.add_short_text("configuration/target-page-bits");
+      head.add(uint32_t{1});  // version
+      head.add(*configuration_.target_page_bits);
+    }
+    return out_.put(head.span());
+  }
+
+  Result<void> put_tail() {
+    const std::string description = format_vmdescription(
+        configuration_.machine_type, configuration_.target_page_bits, page_bytes_, devices_);
+    Bytes tail;
+    tail.add(section_eof);
+    tail.add(section_vmdescription);
+    tail.add(static_cast<uint32_t>(description.size()));
+    tail.add_text(description);
+    return out_.put(tail.span());
+  }
+
+  Result<void> put_ram() {
+    const auto blocks = ram_.blocks();
+    Bytes start;
+    start.add(section_start);
+    start.add(ram_section_id);
+    start.add_short_text("ram");
+    start.add(uint32_t{0});  // instance
+    start.add(ram_section_version);
+    for (const RamBlock &block : blocks) {
+      stats_.ram_bytes += block.used_bytes;
+    }
+    start.add(stats_.ram_bytes | ram_mem_size);
+    for (const RamBlock &block : blocks) {
+      start.add_short_text(block.idstr);
+      start.add(block.used_bytes);
+    }
+    add_body_end(start);
+    add_continuation(start, section_part);
+    QV_TRY(out_.put(start.span()));
+
+    for (size_t block = 0; block < blocks.size(); ++block) {
+      QV_TRY(put_block(block));
+    }
+
+    Bytes end;
+    add_body_end(end);
+    add_continuation(end, section_end);
+    add_body_end(end);
+    return out_.put(end.span());
+  }
+
+  static void add_continuation(Bytes &bytes, uint8_t type) {
+    bytes.add(type);
+    bytes.add(ram_section_id);
+  }
+
+  static void add_body_end(Bytes &bytes) {
+    bytes.add(ram_eos);
+    bytes.add(section_footer);
+    bytes.add(ram_section_id);
+  }
+
+  Result<void> put_block(size_t block) {
+    const uint64_t used_bytes = ram_.blocks()[block].used_bytes;
+    QV_TRY(put_named_page(block));
+    uint64_t offset = page_bytes_;
+    while (offset < used_bytes) {
+      QV_ASSIGN(const Run run, run_at(block, offset));
+      if (run.touched) {
+        QV_TRY(put_data_run(block, offset, run.pages));
+      } else {
+        QV_TRY(put_untouched_run(offset, run.pages));
+      }
+      offset += run.pages * page_bytes_;
+    }
+    return {};
+  }
+
+  struct Run {
+    bool touched;
+    uint64_t pages;  ///< > 0
+  };
+
+  /// What presence() says of the pages from `offset` on. A page only part of which is untouched
+  /// counts as touched.
+  Result<Run> run_at(size_t block, uint64_t offset) {
+    QV_ASSIGN(const RamSource::Presence presence, ram_.presence(block, offset));
+    const uint64_t bytes = std::min(presence.bytes, ram_.blocks()[block].used_bytes - offset);
+    if (bytes == 0) {
+      return fail(ErrorCode::bad_argument, "vmstate stream: RAM block \"" +
+                                               ram_.blocks()[block].idstr +
+                                               "\": its source names an empty range");
+    }
+    if (presence.touched || bytes < page_bytes_) {
+      return Run{true, divide_up(bytes, page_bytes_)};
+    }
+    return Run{false, bytes / page_bytes_};
+  }
+
+  /// The first record of a block carries its name; the others carry CONTINUE.
+  Result<void> put_named_page(size_t block) {
+    QV_ASSIGN(const Run run, run_at(block, 0));
+    std::byte *const page = scratch_.data();
+    bool zero = true;
+    if (run.touched) {
+      QV_TRY(read_page(block, 0, page));
+      zero = is_zero(page, page_bytes_);
+    }
+    Bytes record;
+    record.add(zero ? ram_zero : ram_page);  // at offset 0
+    record.add_short_text(ram_.blocks()[block].idstr);
+    if (zero) {
+      record.add(uint8_t{0});
+      (run.touched ? stats_.zero_pages : stats_.untouched_pages) += 1;
+    }
+    QV_TRY(out_.put(record.span()));
+    if (!zero) {
+      stats_.data_pages += 1;
+      QV_TRY(out_.put({page, page_bytes_}));
+    }
+    return report(1);
+  }
+
+  Result<void> read_page(size_t block, uint64_t offset, std::byte *to) {
+    stats_.copied_bytes += page_bytes_;
+    if (const std::byte *memory = ram_.view(block)) {
+      std::memcpy(to, memory + offset, page_bytes_);
+      return {};
+    }
+    return ram_.read_pages(block, offset, 1, page_bytes_, to, record_bytes_);
+  }
+
+  Result<void> put_untouched_run(uint64_t offset, uint64_t pages) {
+    while (pages > 0) {
+      QV_ASSIGN(const std::span<std::byte> room, out_.space());
+      uint64_t count = std::min<uint64_t>(pages, room.size() / zero_record_bytes);
+      if (count == 0) {
+        count = 1;
+        put_zero_record(scratch_.data(), offset);
+        QV_TRY(out_.put({scratch_.data(), zero_record_bytes}));
+      } else {
+        std::byte *to = room.data();
+        for (uint64_t i = 0; i < count; ++i) {
+          to = put_zero_record(to, offset + i * page_bytes_);
+        }
+        QV_TRY(out_.advance(to - room.data()));
+      }
+      stats_.untouched_pages += count;
+      QV_TRY(report(count));
+      offset += count * page_bytes_;
+      pages -= count;
+    }
+    return {};
+  }
+
+  Result<void> put_data_run(size_t block, uint64_t offset, uint64_t pages) {
+    const std::byte *memory = ram_.view(block);
+    const uint64_t batch = batch_bytes / page_bytes_;
+    while (pages > 0) {
+      QV_ASSIGN(const std::span<std::byte> room, out_.space());
+      const uint64_t count = std::min({pages, batch, room.size() / record_bytes_});
+      if (count == 0) {
+        QV_TRY(put_straddling_page(block, offset));
+        offset += page_bytes_;
+        pages -= 1;
+        QV_TRY(report(1));
+        continue;
+      }
+      std::byte *end = nullptr;
+      if (memory != nullptr) {
+        end = copy_pages(memory, offset, count, room.data());
+      } else {
+        QV_TRY(ram_.read_pages(block, offset, count, page_bytes_, room.data() + page_header_bytes,
+                               record_bytes_));
+        stats_.copied_bytes += count * page_bytes_;
+        end = frame_pages(offset, count, room.data());
+      }
+      QV_TRY(out_.advance(end - room.data()));
+      offset += count * page_bytes_;
+      pages -= count;
+      QV_TRY(report(count));
+    }
+    return {};
+  }
+
+  /// From memory of this process: zero pages are seen where they are, the others copied.
+  std::byte *copy_pages(const std::byte *memory, uint64_t offset, uint64_t count, std::byte *to) {
+    for (uint64_t i = 0; i < count; ++i, offset += page_bytes_) {
+      if (is_zero(memory + offset, page_bytes_)) {
+        to = put_zero_record(to, offset);
+        stats_.zero_pages += 1;
+      } else {
+        store_be<uint64_t>(to, offset | ram_page | ram_continue);
+        std::memcpy(to + page_header_bytes, memory + offset, page_bytes_);
+        to += record_bytes_;
+        stats_.data_pages += 1;
+        stats_.copied_bytes += page_bytes_;
+      }
+    }
+    return to;
+  }
+
+  /// From pages already read to where they stand if none before them is zero; behind a zero page
+  /// the rest moves down.
+  std::byte *frame_pages(uint64_t offset, uint64_t count, std::byte *room) {
+    std::byte *to = room;
+    for (uint64_t i = 0; i < count; ++i, offset += page_bytes_) {
+      const std::byte *page = room + i * record_bytes_ + page_header_bytes;
+      if (is_zero(page, page_bytes_)) {
+        to = put_zero_record(to, offset);
+        stats_.zero_pages += 1;
+      } else {
+        if (to + page_header_bytes != page) {
+          std::memmove(to + page_header_bytes, page, page_bytes_);
+        }
+        store_be<uint64_t>(to, offset | ram_page | ram_continue);
+        to += record_bytes_;
+        stats_.data_pages += 1;
+      }
+    }
+    return to;
+  }
+
+  /// A page whose record would not fit into what is left of the current buffer.
+  Result<void> put_straddling_page(size_t block, uint64_t offset) {
+    std::byte *const record = scratch_.data();
+    QV_TRY(read_page(block, offset, record + page_header_bytes));
+    return out_.put({record, static_cast<size_t>(frame_pages(offset, 1, record) - record)});
+  }
+
+  std::byte *put_zero_record(std::byte *to, uint64_t offset) {
+    store_be<uint64_t>(to, offset | ram_zero | ram_continue);
+    to[page_header_bytes] = std::byte{0};
+    return to + zero_record_bytes;
+  }
+
+  Result<void> report(uint64_t pages) {
+    done_bytes_ += pages * page_bytes_;
+    if (hook_ &&
+        (done_bytes_ - reported_bytes_ >= hook_interval_bytes || done_bytes_ == stats_.ram_bytes)) {
+      reported_bytes_ = done_bytes_;
+      return hook_(done_bytes_);
+    }
+    return {};
+  }
+
+  io::StreamBuffer &out_;
+  const StreamConfiguration &configuration_;
+  RamSource &ram_;
+  std::vector<DeviceSection> devices_;
+  const RamHook &hook_;
+  const uint64_t page_bytes_;
+  const uint64_t record_bytes_;
+  std::vector<std::byte> scratch_;
+  StreamStats stats_;
+  uint64_t done_bytes_ = 0;
+  uint64_t reported_bytes_ = 0;
+};
+
+}  // namespace
+
+Result<StreamStats> write_legacy_stream(io::StreamBuffer &out,
+                                        const StreamConfiguration &configuration, RamSource &ram,
+                                        std::span<const DeviceSection> devices,
+                                        const RamHook &hook) {
+  QV_TRY(check_arguments(configuration, ram.blocks()));
+  return LegacyWriter(out, configuration, ram, devices, hook).write();
+}
+
+uint64_t legacy_stream_bytes_max(std::span<const RamBlock> blocks, uint64_t device_bytes,
+                                 uint64_t page_bytes) {
+  uint64_t bytes =
+      frame_bytes_max + device_bytes +
+      std::min(device_bytes * description_factor, device_sections_max * description_bytes_max);
+  for (const RamBlock &block : blocks) {
+    const uint64_t named_record = 1 + section_idstr_bytes_max;
+    const uint64_t list_entry = 1 + section_idstr_bytes_max + 8;
+    bytes += divide_up(block.used_bytes, page_bytes) * (page_header_bytes + page_bytes) +
+             named_record + list_entry;
+  }
+  return bytes;
+}
+
+}  // namespace qvmstate::vmstate

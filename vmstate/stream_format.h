@@ -1,0 +1,42 @@
+// The bytes of QEMU's legacy migration stream: type bytes, flags, limits.
+//
+// All integers are big-endian. Source of the facts: QEMU migration/savevm.c, migration/ram.c and
+// docs/devel/migration.
+#pragma once
+
+#include <cstdint>
+
+namespace qvmstate::vmstate {
+
+constexpr uint32_t stream_magic = 0x5145564d;  // "QEVM"
+constexpr uint32_t stream_version = 3;
+
+// Type bytes.
+constexpr uint8_t section_eof = 0x00;
+constexpr uint8_t section_start = 0x01;  // u32 id, u8 len, idstr, u32 instance, u32 version, body
+constexpr uint8_t section_part = 0x02;   // u32 id, body
+constexpr uint8_t section_end = 0x03;    // u32 id, body
+constexpr uint8_t section_full = 0x04;   // as START
+constexpr uint8_t section_subsection = 0x05;     // u8 len, name, u32 version, fields
+constexpr uint8_t section_vmdescription = 0x06;  // u32 length, JSON; after EOF
+constexpr uint8_t section_configuration = 0x07;  // u32 len, machine type name; subsections
+constexpr uint8_t section_command = 0x08;        // u16 command, u16 length, payload; no footer
+constexpr uint8_t section_footer = 0x7e;         // u32 id; after each START, PART, END, FULL body
+
+// RAM records: a u64 of page offset | flags.
+constexpr uint64_t ram_zero = 0x002;
+constexpr uint64_t ram_mem_size = 0x004;
+constexpr uint64_t ram_page = 0x008;
+constexpr uint64_t ram_eos = 0x010;
+constexpr uint64_t ram_continue = 0x020;
+constexpr uint64_t ram_xbzrle = 0x040;
+constexpr uint64_t ram_hook = 0x080;
+constexpr uint64_t ram_compress_page = 0x100;
+constexpr uint64_t ram_multifd_flush = 0x200;
+
+constexpr uint32_t ram_section_version = 4;
+// PART and END are matched by the id that each handler remembers from its START, so the id of "ram"
+// must not be the id of a device. Devices keep the small ids QEMU gave them.
+constexpr uint32_t ram_section_id = 0x7fffffff;
+
+}  // namespace qvmstate::vmstate
