@@ -24,12 +24,6 @@ constexpr uint64_t blocks_bytes_max = uint64_t{1} << 56;  // far above any guest
 constexpr size_t batch_bytes = 256 * kib;
 constexpr uint64_t hook_interval_bytes = 4 * mib;
 
-// Beside the pages and sections: headers, footers, end marks, the configuration; and the
-// description of a section, which is at most this many times as long as the section, or this long.
-constexpr uint64_t frame_bytes_max = 64 * kib;
-constexpr uint64_t description_factor = 8;
-constexpr uint64_t description_bytes_max = 1 * kib;
-
 /// Small parts of the stream, gathered before they are put.
 class Bytes {
  public:
@@ -406,20 +400,6 @@ Result<StreamStats> write_legacy_stream(io::StreamBuffer &out,
                                         const RamHook &hook) {
   QV_TRY(check_arguments(configuration, ram.blocks()));
   return LegacyWriter(out, configuration, ram, devices, hook).write();
-}
-
-uint64_t legacy_stream_bytes_max(std::span<const RamBlock> blocks, uint64_t device_bytes,
-                                 uint64_t page_bytes) {
-  uint64_t bytes =
-      frame_bytes_max + device_bytes +
-      std::min(device_bytes * description_factor, device_sections_max * description_bytes_max);
-  for (const RamBlock &block : blocks) {
-    const uint64_t named_record = 1 + section_idstr_bytes_max;
-    const uint64_t list_entry = 1 + section_idstr_bytes_max + 8;
-    bytes += divide_up(block.used_bytes, page_bytes) * (page_header_bytes + page_bytes) +
-             named_record + list_entry;
-  }
-  return bytes;
 }
 
 }  // namespace qvmstate::vmstate

@@ -43,8 +43,4 @@ Result<StreamStats> write_legacy_stream(io::StreamBuffer &out,
                                         std::span<const DeviceSection> devices,
                                         const RamHook &hook);
 
-/// An upper bound of the stream's size, for reserving space: as if no page were zero.
-uint64_t legacy_stream_bytes_max(std::span<const RamBlock> blocks, uint64_t device_bytes,
-                                 uint64_t page_bytes);
-
 }  // namespace qvmstate::vmstate

@@ -88,7 +88,11 @@ Result<size_t> choose_vmstate_disk(const LiveVm &vm, const std::string &node,
               "no writable qcow2 disk has the node name '" + node + "'; there are " + known);
 }
 
-/// An upper bound from the pages that were touched.
+/// An upper bound: touched pages with their headers, a ZERO record for each other one.
+uint64_t stream_bytes_max(uint64_t touched_bytes, uint64_t ram_bytes) {
+  return touched_bytes + ram_bytes / 4096 * 9;
+}
+
 Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_bytes) {
   struct stat status;
   struct statvfs space;
@@ -108,9 +112,10 @@ Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_
   return {};
 }
 
-/// Everything that can be refused while the guest still runs.
-Result<void> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
-                               Seat seat, SaveReport &report) {
+/// Everything that can be refused while the guest still runs. Returns the bytes of RAM touched so
+/// far.
+Result<uint64_t> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
+                                   Seat seat, SaveReport &report) {
   QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks));
   for (size_t i = 0; i < vm.disks.size(); ++i) {
     const auto role = i == vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
@@ -133,21 +138,8 @@ Result<void> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vm
   for (const vmstate::RamBlock &block : ram.source->blocks()) {
     ram_bytes += block.used_bytes;
   }
-  return check_space(vm.disks[vmstate_disk], touched_bytes, ram_bytes);
-}
-
-Result<void> check_no_icount(std::span<const vmstate::DeviceSection> sections) {
-  constexpr std::string_view subsection = "\x05\x0ctimer/icount";
-  for (const vmstate::DeviceSection &section : sections) {
-    const std::string_view body(reinterpret_cast<const char *>(section.body.data()),
-                                section.body.size());
-    if (section.idstr == "timer" && body.find(subsection) != std::string_view::npos) {
-      return fail(ErrorCode::not_supported,
-                  "the VM runs with -icount, whose clock cannot be saved this way; start QEMU "
-                  "without it");
-    }
-  }
-  return {};
+  QV_TRY(check_space(vm.disks[vmstate_disk], touched_bytes, ram_bytes));
+  return touched_bytes;
 }
 
 /// Follows the stream: progress, cancelling, rate.
@@ -212,6 +204,7 @@ struct SaveContext {
   Seat seat;
   Clock::time_point begin;
   io::BufferPool &pool;
+  uint64_t touched_bytes;  // of RAM, shortly before the stop
   SaveReport &report;
 };
 
@@ -221,7 +214,6 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   const SaveOptions &options = context.options;
   const auto data_begin = Clock::now();
   QV_ASSIGN(const auto sections, vmstate::split_device_sections(device_bytes));
-  QV_TRY(check_no_icount(sections));
   QV_ASSIGN(const uint64_t clock_nanos, vmstate::vm_clock_nanos(sections));
   // Looked up again: memory may have been plugged since.
   QV_ASSIGN(Ram ram, open_ram(context.vm, context.seat));
@@ -259,13 +251,14 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
     }
     return tl::unexpected(std::move(error));
   };
-  transaction->expect_stream_bytes(vmstate::legacy_stream_bytes_max(
-      ram.source->blocks(), device_bytes.size(), context.machine.page_bytes));
   uint64_t ram_bytes = 0;
   for (const vmstate::RamBlock &block : ram.source->blocks()) {
     ram_bytes += block.used_bytes;
   }
+  transaction->expect_stream_bytes(stream_bytes_max(context.touched_bytes, ram_bytes) +
+                                   device_bytes.size());
   io::File &file = owned.file(context.vmstate_disk);
+  file.backend().register_buffers(context.pool.memory());
   Pace pace(context.observer, options.rate_limit_bytes_per_second, ram_bytes, context.begin);
   vmstate::StreamStats stats;
   {
@@ -370,14 +363,16 @@ Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
   report.was_running = vm.running;
   QV_ASSIGN(const size_t vmstate_disk,
             choose_vmstate_disk(vm, options.vmstate_node, report.warnings));
-  QV_TRY(check_before_stop(vm, options, vmstate_disk, seat, report));
+  QV_ASSIGN(const uint64_t touched_bytes,
+            check_before_stop(vm, options, vmstate_disk, seat, report));
   if (observer.warning) {
     for (const std::string &warning : report.warnings) {
       observer.warning(warning);
     }
   }
   QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(options.buffers));
-  SaveContext context = {vm, options, observer, machine, vmstate_disk, seat, begin, pool, report};
+  SaveContext context = {vm,   options, observer, machine,       vmstate_disk,
+                         seat, begin,   pool,     touched_bytes, report};
   QV_ASSIGN(report.pause_seconds, while_stopped(vm, observer, options.name, seat, begin,
                                                 [&](std::span<const std::byte> device_bytes) {
                                                   return write_snapshot(context, device_bytes);

@@ -36,11 +36,11 @@ LARGE_RATIO_MAX = 1.5
 MEMORY_MIB_MAX = 32
 # (key, kind, QEMU, cache mode of the drive)
 CONTESTANTS = [
-    ("savevm-7.2-none", "savevm", "host", "none"),
-    ("savevm-7.2-writeback", "savevm", "host", "writeback"),
+    ("savevm-host-none", "savevm", "host", "none"),
+    ("savevm-host-writeback", "savevm", "host", "writeback"),
     ("savevm-newest-none", "savevm", "newest", "none"),
     ("savevm-newest-writeback", "savevm", "newest", "writeback"),
-    ("plugin-7.2", "plugin", "host", "none"),
+    ("plugin-host", "plugin", "host", "none"),
     ("plugin-newest", "plugin", "newest", "none"),
     ("attach-10.0", "attach", "10.0", "none"),
     ("attach-newest", "attach", "newest", "none"),
@@ -82,6 +82,12 @@ class Bench:
             except qemus.Unavailable as reason:
                 self.missing[name] = str(reason)
         self.idle_kib = self.measure_idle()
+
+    def release(self, name):
+        """The number of a release, for titles; its name where it is missing."""
+        if name not in self.qemus:
+            return name
+        return "{}.{}".format(*self.qemus[name].version)
 
     def random_file(self, mib):
         path = os.path.join(self.folder, f"random-{mib}.bin")
@@ -279,15 +285,15 @@ def where_time_went(runs, fio_rate):
             f"start and end of the process {seconds - total:.2f} s; {reports[0]['io-engine']}")
 
 
-def report_main(runs, problems, wanted, bars):
+def report_main(bench, runs, problems, wanted, bars):
     print(row("", "seconds", "MiB/s", "of fio", "guest paused", "memory above idle"))
     print(row("---", "---:", "---:", "---:", "---:", "---:"))
     fio_rate = median(runs["fio"], "rate")
     print(row("fio, the disk itself", number(median(runs["fio"], "seconds")),
               number(fio_rate / MIB, "{:.0f}"), "100 %", "", ""))
     details = []
-    for key, kind, _, cache in wanted:
-        release = key.split("-")[1]
+    for key, kind, qemu, cache in wanted:
+        release = bench.release(qemu)
         title = (f"`qvmstate save`, {kind}, QEMU {release}" if kind != "savevm" else
                  f"`savevm`, QEMU {release}, cache={cache}")
         mine = runs.get(key)
@@ -330,7 +336,7 @@ def large_guest(bench, rounds, bars):
                 runs[name] += bench.run_vm(kind, qemu, ram_mib=ram, random_mib=touched)
         small, big = median(runs["small"], "seconds"), median(runs["large"], "seconds")
         memory = max(run["memory_mib"] for run in runs["large"])
-        title = f"{kind}, QEMU {bench.qemus[qemu].version[0]}.{bench.qemus[qemu].version[1]}"
+        title = f"{kind}, QEMU {bench.release(qemu)}"
         print(row(title, f"{small:.2f} s", f"{big:.2f} s", f"{big / small:.2f}", f"{memory:.1f} MiB"))
         bars.add(big / small <= LARGE_RATIO_MAX, f"large guest, {title}: {big / small:.2f} times the "
                  f"small one, at most {LARGE_RATIO_MAX} wanted")
@@ -352,8 +358,8 @@ def metadata_disk(bench, rounds, bars):
                                      metadata_disk_gib=disk_gib)
         runs["first"].append(first)
         runs["second"].append(second)
-    print(f"\nA second disk of {disk_gib} GiB, preallocation=metadata (attach, QEMU newest, "
-          f"{random_mib} MiB of RAM):\n")
+    print(f"\nA second disk of {disk_gib} GiB, preallocation=metadata (attach, QEMU "
+          f"{bench.release('newest')}, {random_mib} MiB of RAM):\n")
     print(row("", "guest paused", "added pause", "metadata written for the second disk",
               "memory above idle"))
     print(row("---", "---:", "---:", "---:", "---:"))
@@ -419,7 +425,7 @@ def main():
         if "main" in cases:
             print(f"{options.ram} MiB of incompressible RAM, medians of {options.rounds} rounds:\n")
             results["main"], results["problems"] = collect_main(bench, options.rounds, wanted)
-            report_main(results["main"], results["problems"], wanted, bars)
+            report_main(bench, results["main"], results["problems"], wanted, bars)
         if "large" in cases:
             results["large"] = large_guest(bench, options.rounds, bars)
         if "metadata" in cases and "newest" not in bench.missing:

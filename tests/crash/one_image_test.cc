@@ -304,7 +304,9 @@ TEST_P(OneImage, EveryOperationFailsOnce) {
         });
     const std::string path = scratch_.path("failed.qcow2");
     write_sparse(path, image.contents());
-    ASSERT_EQ(checked(path), "");
+    if (!(image.contents() == contents_)) {
+      ASSERT_EQ(checked(path), "");
+    }
     const int state = state_index(states_, view_of(path));
     ASSERT_GE(state, 0) << (done ? "it succeeded" : done.error().message);
     if (done) {

@@ -84,6 +84,7 @@ def demo(options, folder):
     say("fetching the guest's kernel and making its first root (kept for the next time) ...")
     guest = guest_build.get_guest(qemus.cache_folder(), "x86_64")
     reason = vm.linux_boots_under_kvm(qemu, guest, os.path.join(folder, "probe"))
+    os.makedirs(os.path.join(folder, "vm"))
     plugin = None
     if by_plugin:
         plugin = shutil.copy(os.path.join(options.build, "libqvmstate.so"), folder)

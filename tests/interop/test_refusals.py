@@ -89,7 +89,11 @@ class Refusals(BedTest):
 
     @cases(*BOTH)
     def test_writable_export(self, qemu, how):
-        guest = self.booted(qemu, how=how)
+        guest = self.make_vm(qemu, "microvm", plugin=how == "plugin")
+        for disk in guest.disks:
+            disk.device = "virtio-blk-pci,drive=NODE,share-rw=on"
+        guest.guest_disks = 2
+        guest.start()
         path = guest.qemu.inner(guest.path("nbd.sock"))
         guest.qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": path}})
         guest.qmp.execute("block-export-add", type="nbd", id="export0", node_name="d0",
@@ -111,7 +115,8 @@ class Refusals(BedTest):
 
     def test_unknown_machine(self):
         guest = self.make_vm("newest", "microvm")
-        guest.machine = vm.Machine("x86_64", "ttyS0", ["-machine", "isapc"], False, None)
+        guest.machine = vm.Machine("x86_64", "ttyS0", ["-machine", "isapc", "-smp", "1,maxcpus=1"],
+                                   False, None)
         for disk in guest.disks:
             disk.device = "ide-hd,drive=NODE"
         guest.start(wait=False)
@@ -190,7 +195,7 @@ class Refusals(BedTest):
             return vm.make_disks(qemu, folder, options=f"data_file={data}")[:1]
 
         guest = self.booted(disks=disks)
-        self.refuse_save(guest, "data file")
+        self.refuse_save(guest, "external")
         self.lives_on(guest)
 
     def test_temporary_snapshot(self):
@@ -214,7 +219,7 @@ class Refusals(BedTest):
         guest = self.booted(disks=lambda qemu, folder: vm.make_disks(qemu, small))
         guest.qmp.execute("query-status")
         guest.qmp.events.clear()
-        self.refuse_save(guest, "space")
+        self.refuse_save(guest, "make room")
         guest.qmp.execute("query-status")
         self.assertNotIn("STOP", [event["event"] for event in guest.qmp.events])
         self.lives_on(guest)
@@ -226,7 +231,7 @@ class Refusals(BedTest):
         guest.qmp.execute("query-status")
         guest.savevm("taken")
         self.refuse_save(guest, "taken", name="taken")
-        self.refuse_save(guest, "digits", name="123")
+        self.refuse_save(guest, "number", name="123")
         self.refuse_save(guest, "name", name="x" * 256)
         self.refuse_save(guest, "nosuchnode", flags=["--vmstate-node", "nosuchnode"])
         self.assert_writes_go_on(guest)

@@ -34,7 +34,7 @@ class TwoDisks(BedTest):
         """The first node for loadvm is that of the first device, not of the first -blockdev."""
         guest = self.make_vm("newest", "microvm")
         first, second = guest.disks
-        late = first.arguments(guest.qemu)
+        late = first.arguments(guest.qemu, guest.iothread)
         guest.extra = late[2:]
         first.device = None
         guest.start(wait=False)
@@ -68,7 +68,7 @@ class TwoDisks(BedTest):
             with open(path, "wb") as file:
                 file.truncate(1 << 20)
             cd = vm.Disk("cd", path, driver="raw", read_only=True,
-                         device="virtio-blk-pci,drive=NODE")
+                         device="virtio-blk-pci,serial=cd,drive=NODE")
             return vm.make_disks(qemu, folder) + [cd]
 
         guest = self.make_vm("newest", "microvm", disks=disks).start()

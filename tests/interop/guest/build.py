@@ -6,6 +6,7 @@ architecture come through a private apt configuration, so the machine's own dpkg
 Everything is kept in the cache directory, keyed by the text of the checker and init.
 """
 
+import fcntl
 import glob
 import hashlib
 import os
@@ -147,6 +148,12 @@ def make_initrd(packages, arch, folder):
 
 def get_guest(cache, arch):
     """Returns the Guest of this architecture, made now if the cache has none for these sources."""
+    with open(os.path.join(cache, "guest.lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the same
+        return make_guest(cache, arch)
+
+
+def make_guest(cache, arch):
     key = hashlib.sha256()
     for name in ("checker.c", "init", "build.py"):
         with open(os.path.join(HERE, name), "rb") as file:

@@ -177,8 +177,43 @@ Result<ImageView> view(const Image &image) {
     }
     entry.id = snapshot.id;
     entry.date_seconds = snapshot.date_seconds;
+    entry.more_extra = snapshot.more_extra;
   }
   return seen;
+}
+
+Bytes tiny_image(const std::vector<uint16_t> &counts) {
+  Bytes bytes(counts.size() * 512);
+  const auto put32 = [&](size_t at, uint32_t value) { store_be(bytes.data() + at, value); };
+  const auto put64 = [&](size_t at, uint64_t value) { store_be(bytes.data() + at, value); };
+  put32(0, 0x514649fb);     // magic
+  put32(4, 2);              // version
+  put32(20, 9);             // cluster bits
+  put64(24, 32 * kib);      // disk size: one L1 entry
+  put32(36, 1);             // L1 entries
+  put64(40, 3 * 512);       // L1 table
+  put64(48, 1 * 512);       // refcount table
+  put32(56, 1);             // its clusters
+  put64(1 * 512, 2 * 512);  // the refcount block
+  for (size_t i = 0; i < counts.size(); ++i) {
+    store_be<uint16_t>(bytes.data() + 2 * 512 + i * 2, counts[i]);
+  }
+  return bytes;
+}
+
+MemoryImage::MemoryImage(Bytes contents, io::MemoryOptions options) {
+  auto owned = std::make_unique<io::MemoryBackend>(std::move(contents), std::move(options));
+  backend = owned.get();
+  file = std::make_unique<io::File>(std::move(owned), "disk.qcow2", 4);
+  auto opened = Image::open(*file);
+  if (!opened) {
+    throw std::runtime_error(opened.error().message);
+  }
+  image = std::make_unique<Image>(std::move(*opened));
+}
+
+Bytes fixture(const std::string &name) {
+  return read_file(std::string(QVMSTATE_SOURCE_DIR) + "/fixtures/" + name);
 }
 
 Result<Bytes> vmstate_of(const Image &image, const std::string &name) {

@@ -15,6 +15,7 @@
 #include "qcow2/image_edit.h"
 #include "qcow2/image_set.h"
 #include "qcow2/io/file.h"
+#include "qcow2/io/memory_backend.h"
 #include "qcow2/io/result.h"
 #include "qcow2/io/stream_buffer.h"
 #include "test_images.h"
@@ -67,6 +68,7 @@ struct SnapshotView {
   Bytes vmstate;
   std::string id;
   uint32_t date_seconds = 0;
+  Bytes more_extra = {};
   bool operator==(const SnapshotView &) const = default;
 };
 /// Everything an image holds, as our reader sees it.
@@ -76,6 +78,24 @@ struct ImageView {
   bool operator==(const ImageView &) const = default;
 };
 Result<ImageView> view(const Image &image);
+
+/// The smallest image, written by hand: version 2, clusters of 512 bytes, 16-bit refcounts. Header,
+/// refcount table, one refcount block (256 counts) and an empty L1 table of one entry lie in
+/// clusters 0 to 3, whose counts come first in `counts`; the file reaches to the last of these.
+Bytes tiny_image(const std::vector<uint16_t> &counts);
+
+/// An image in memory, opened.
+struct MemoryImage {
+  explicit MemoryImage(Bytes contents, io::MemoryOptions options = {});
+  const Bytes &contents() const { return backend->contents(); }
+
+  io::MemoryBackend *backend;
+  std::unique_ptr<io::File> file;
+  std::unique_ptr<Image> image;
+};
+
+/// Bytes of an image in fixtures/.
+Bytes fixture(const std::string &name);
 
 /// Bytes of the vmstate of `name`, as long as the snapshot table says.
 Result<Bytes> vmstate_of(const Image &image, const std::string &name);
