@@ -111,11 +111,12 @@ int install(int argc, char **argv) {
   if (!server) {
     return refuse(server.error().message);
   }
-  auto *plugin = new Plugin{std::move(*server), std::move(qmp_path)};
-  plugin->wake = ::eventfd(0, EFD_CLOEXEC);
-  if (plugin->wake < 0) {
+  const int wake = ::eventfd(0, EFD_CLOEXEC);
+  if (wake < 0) {
     return refuse("creating an eventfd failed");
   }
+  auto *plugin = new Plugin{std::move(*server), std::move(qmp_path)};
+  plugin->wake = wake;
   // QEMU's signals are for its own threads.
   sigset_t all;
   sigset_t before;

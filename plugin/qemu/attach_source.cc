@@ -91,6 +91,7 @@ Result<void> AttachSource::read_pages(size_t block, uint64_t offset, size_t coun
     for (size_t i = 0; i < batch; ++i) {
       local[i] = {to + i * stride, page_bytes};
     }
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): an address in another process
     iovec remote = {reinterpret_cast<void *>(addresses_[block] + offset), batch_bytes};
     iovec *first = local;
     while (batch_bytes > 0) {

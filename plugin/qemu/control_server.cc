@@ -91,7 +91,7 @@ void ControlServer::serve(const ControlOperations &operations, int wake,
 
 void ControlServer::serve_client(const Descriptor &client, const ControlOperations &operations,
                                  const std::atomic<bool> &end) {
-  auto refuse = [&](Error error) { answer(client.get(), {{"error", to_json(error)}}); };
+  auto refuse = [&](const Error &error) { answer(client.get(), {{"error", to_json(error)}}); };
   const auto peer = peer_of(client.get());
   if (!peer || (peer->uid != 0 && peer->uid != ::geteuid())) {
     refuse({ErrorCode::permission, 0, "only root and QEMU's own user may use the control socket"});

@@ -13,6 +13,7 @@ Result<std::unique_ptr<InProcessSource>> InProcessSource::open(std::vector<HostR
   QV_ASSIGN(MemoryMap map, MemoryMap::read(::getpid(), blocks));
   std::unique_ptr<InProcessSource> source(new InProcessSource(std::move(map)));
   for (HostRamBlock &block : blocks) {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): it came as a number, as for the attached source
     source->addresses_.push_back(reinterpret_cast<const std::byte *>(*block.address));
     source->blocks_.push_back(std::move(block.block));
   }

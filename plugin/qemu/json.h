@@ -23,12 +23,13 @@ inline const Json &at(const Json &value, std::string_view key) {
   return json_missing;
 }
 
-inline std::string text(const Json &value, std::string fallback = {}) {
+inline std::string text(const Json &value, const std::string &fallback = {}) {
   const auto *string = value.get_ptr<const std::string *>();
-  return string != nullptr ? *string : std::move(fallback);
+  return string != nullptr ? *string : fallback;
 }
-inline std::string text_at(const Json &value, std::string_view key, std::string fallback = {}) {
-  return text(at(value, key), std::move(fallback));
+inline std::string text_at(const Json &value, std::string_view key,
+                           const std::string &fallback = {}) {
+  return text(at(value, key), fallback);
 }
 
 inline bool flag_at(const Json &value, std::string_view key, bool fallback = false) {

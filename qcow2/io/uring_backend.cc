@@ -81,7 +81,7 @@ UringBackend::UringBackend(Descriptors &&descriptors, const io_uring &ring, unsi
 
 UringBackend::~UringBackend() {
   while (in_flight_ > 0) {
-    reap();
+    UringBackend::reap();
   }
   // Taking a ring down ends in the background; only by unregistering is the last reference to the
   // open files, and with it their locks, sure to be gone when the descriptors are closed.

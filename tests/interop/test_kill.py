@@ -143,7 +143,7 @@ class Kill(BedTest):
         self.assert_sound(guest, "^half$")
 
     def test_qemu_killed(self):
-        """QEMU goes away in the middle: a clean end with one line, and the images are the old ones."""
+        """QEMU goes away in the middle: a clean end, and the images are the old ones."""
         guest = self.make_vm("newest", "microvm").start()
         self.save(guest, "before")
         process = self.start_save(guest, "half", *SLOW)
@@ -152,7 +152,8 @@ class Kill(BedTest):
         guest.kill()
         _, errors = process.communicate(timeout=20)
         self.assertEqual(process.returncode, 1, errors)
-        self.assertEqual(len(errors.splitlines()), 1, errors)
+        for line in errors.splitlines():  # the saver's, and the guardian's
+            self.assertTrue(line.startswith("qvmstate: "), errors)
         self.assert_processes_end()
         guest.check_image()
         self.assertTrue(re.fullmatch("before", " ".join(guest.snapshot_names())))

@@ -47,7 +47,8 @@ class Refusals(BedTest):
 
     @cases(*BOTH)
     def test_suspended(self, qemu, how):
-        guest = self.booted(qemu, "pc", how)
+        # The console must not lose bytes over the suspend.
+        guest = self.booted(qemu, "pc", how, kernel_options="no_console_suspend")
         guest.console.sendall(b"\nx suspend\n")
         guest.qmp.wait_event("SUSPEND", 30)
         self.refuse_save(guest, "suspended", status="suspended")

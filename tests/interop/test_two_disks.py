@@ -30,6 +30,21 @@ class TwoDisks(BedTest):
         guest.quit()
         guest.check_image()
 
+    @cases(("10.0", "plugin"), ("newest", "attach"), ("newest", "plugin"))
+    def test_iothread(self, qemu, how):
+        """Disks on an iothread. One save and one load a process only: see VM.iothread; on 7.2 every
+        test has its disks on one."""
+        guest = self.make_vm(qemu, "microvm", plugin=how == "plugin", iothread=True).start()
+        guest.fill(11)
+        self.save(guest, "one")
+        self.assertEqual(guest.status(), "running")
+        self.assert_images_active(guest)
+        guest.quit()
+        guest.check_image()
+        guest.start(loadvm="one")
+        self.assert_seed(guest, 11)
+        self.assert_writes_go_on(guest)
+
     def test_order_of_the_devices_counts(self):
         """The first node for loadvm is that of the first device, not of the first -blockdev."""
         guest = self.make_vm("newest", "microvm")
