@@ -52,12 +52,12 @@ class PeakMemory:
 class BareVM:
     """Make it in a fresh folder state: images are made anew by start()."""
 
-    def __init__(self, qemu, folder, ram_mib, random_file, cache="none", plugin=None,
+    def __init__(self, qemu, folder, ram_mib, random_files, cache="none", plugin=None,
                  metadata_disk_gib=0):
         self.qemu = qemu
         self.folder = folder
         self.ram_mib = ram_mib
-        self.random_file = random_file
+        self.random_files = random_files
         self.cache = cache
         self.plugin = plugin
         self.metadata_disk_gib = metadata_disk_gib
@@ -92,9 +92,12 @@ class BareVM:
             self.qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata",
                           self.qemu.inner(self.path("large.qcow2")), f"{self.metadata_disk_gib}G")
         arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc",
-                     "-accel", "tcg", "-m", f"{self.ram_mib}M", "-device",
-                     f"loader,file={self.qemu.inner(self.random_file)},force-raw=on,"
-                     f"addr={LOADED_AT_MIB << 20:#x}"]
+                     "-accel", "tcg", "-m", f"{self.ram_mib}M"]
+        at_mib = LOADED_AT_MIB
+        for path, mib in self.random_files:
+            arguments += ["-device", f"loader,file={self.qemu.inner(path)},force-raw=on,"
+                                     f"addr={at_mib << 20:#x}"]
+            at_mib += mib
         for name in ("bench", "tool", "plugin"):
             sock = self.qemu.inner(self.path(name + ".sock"))
             arguments += ["-qmp", f"unix:{sock},server=on,wait=off"]

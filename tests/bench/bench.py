@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 import qemus  # noqa: E402  (found through the path set above)
 from bare_vm import LOADED_AT_MIB, BareVM, PeakMemory, status_kib  # noqa: E402
 
+RANDOM_FILE_MIB = 1024
 MIB = 1 << 20
 FIO_RATIO_MIN = 0.85
 LARGE_RATIO_MAX = 1.5
@@ -89,13 +91,17 @@ class Bench:
             return name
         return "{}.{}".format(*self.qemus[name].version)
 
-    def random_file(self, mib):
-        path = os.path.join(self.folder, f"random-{mib}.bin")
-        if not os.path.exists(path):
-            with open(path, "wb") as file:
-                for _ in range(mib):
-                    file.write(os.urandom(MIB))
-        return path
+    def random_files(self, mib):
+        """Together `mib` MiB; QEMU 7.2 cannot load 2 GiB from one file."""
+        paths = []
+        for index, done in enumerate(range(0, mib, RANDOM_FILE_MIB)):
+            size = min(RANDOM_FILE_MIB, mib - done)
+            paths.append((os.path.join(self.folder, f"random-{index}-{size}.bin"), size))
+            if not os.path.exists(paths[-1][0]):
+                with open(paths[-1][0], "wb") as file:
+                    for _ in range(size):
+                        file.write(os.urandom(MIB))
+        return paths
 
     def measure_idle(self):
         """Peak memory of the command while it waits for a QEMU that never says a word."""
@@ -180,7 +186,7 @@ class Bench:
         """Starts a VM, saves it, has QEMU check the result; returns one measurement a save."""
         random_mib = random_mib or self.options.ram
         vm = BareVM(self.qemus[qemu_name], os.path.join(self.folder, "vm"),
-                    ram_mib or random_mib + LOADED_AT_MIB, self.random_file(random_mib), cache,
+                    ram_mib or random_mib + LOADED_AT_MIB, self.random_files(random_mib), cache,
                     self.plugin if kind == "plugin" else None, metadata_disk_gib)
         try:
             vm.start()
@@ -403,6 +409,8 @@ def main():
     parser.add_argument("--cases", default="main,large,metadata,serializer")
     parser.add_argument("--fio-engine", default="io_uring")
     options = parser.parse_args()
+    # An end from outside, too, ends QEMU and removes the files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.ram = options.ram or (512 if options.quick else 2048)
     wanted = [contestant for contestant in CONTESTANTS if options.only in contestant[0]]

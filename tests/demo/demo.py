@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,8 @@ def main():
     parser.add_argument("--build", default=os.path.join(SOURCE, "build"))
     parser.add_argument("--qemu", choices=qemus.NAMES, default="host")
     options = parser.parse_args()
+    # An end from outside, too, ends QEMU and removes the files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     # Short, because a socket's path may have 107 bytes; not in /tmp, which may be memory.
     folder = tempfile.mkdtemp(prefix="qvm-demo-", dir="/var/tmp")
     try:

@@ -424,11 +424,11 @@ class DeleteTest(OfflineTest):
             self.assert_clean(path)
 
     def test_names_like_an_interrupted_save_stay(self):
-        """Whether they are one cannot be told from some of the VM's images."""
+        """People may use such names; only a mark in the extra data makes one an interrupted save."""
         paths = [self.image(name, snapshots=["nightly.new-3", "other"]) for name in ("a", "b")]
         done = run("delete", "other", *paths)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn(b"qvmstate resume", done.stderr)
+        self.assertEqual(done.stderr, b"")
         for path in paths:
             self.assertEqual(self.names(path), ["nightly.new-3"])
 

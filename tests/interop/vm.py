@@ -393,20 +393,25 @@ class VM:
     def delvm(self, name):
         self.qmp.hmp_quiet(f"delvm {name}")
 
+    def image_arguments(self, path):
+        """How qemu-img is told of an image, with its key if it is encrypted."""
+        options = f"driver=qcow2,file.driver=file,file.filename={self.qemu.inner(path)}"
+        if any(disk.path == path and "encrypt" in disk.options for disk in self.disks):
+            return ["--object", "secret,id=s0,data=abc", "--image-opts",
+                    options + ",encrypt.format=luks,encrypt.key-secret=s0"]
+        return ["--image-opts", options]
+
     def snapshot_names(self, path=None):
         """Names that qemu-img lists for an image, the first disk's unless told; VM may be running."""
-        text = self.qemu.img("snapshot", "-l", "-U", self.qemu.inner(path or self.disks[0].path)).stdout
+        image = self.image_arguments(path or self.disks[0].path)
+        text = self.qemu.img("snapshot", "-l", "-U", *image).stdout
         return [line.split()[1] for line in text.splitlines()[2:]]
 
     def check_image(self, path=None, share=False):
         """Runs qemu-img check on one image or all and raises unless each exits with 0."""
         for image in [path] if path else [disk.path for disk in self.disks if disk.driver == "qcow2"]:
-            extra = ["-U"] if share else []
-            options = f"driver=qcow2,file.driver=file,file.filename={self.qemu.inner(image)}"
-            if any(disk.path == image and "encrypt" in disk.options for disk in self.disks):
-                extra += ["--object", "secret,id=s0,data=abc"]
-                options += ",encrypt.format=luks,encrypt.key-secret=s0"
-            done = self.qemu.img("check", *extra, "--image-opts", options, check=False)
+            done = self.qemu.img("check", *(["-U"] if share else []), *self.image_arguments(image),
+                                 check=False)
             if done.returncode != 0:
                 raise AssertionError(f"qemu-img check {image}: status {done.returncode}\n"
                                      f"{done.stdout[-1500:]}{done.stderr[-500:]}")

@@ -41,7 +41,7 @@ SYSTEM_FOLDERS = set("bin boot dev etc lib lib64 media mnt proc run sbin srv sys
 # Absolute names that are no paths of this machine: QEMU's object tree, the guest's initramfs, what
 # tests know to be missing.
 OTHER_NAMES = {"objects", "machine", "modules", "checker", "init", "chroot",
-               "nonexistent"}
+               "nonexistent", "nowhere", "vm"}
 
 
 class Skipped(Exception):
