@@ -93,11 +93,37 @@ Result<void> Allocator::scan_blocks() {
     }
   }
   tail_ = free_from;
-  if (tail_ == 0) {
+  return check_own_tables();
+}
+
+Result<void> Allocator::check_own_tables() const {
+  const Header &header = image_->header();
+  const Geometry &geometry = image_->geometry();
+  QV_TRY(check_in_use("header", 0, 1));
+  QV_TRY(check_in_use("L1 table", header.l1_offset.value, uint64_t{header.l1_entries} * 8));
+  QV_TRY(check_in_use("snapshot table", header.snapshot_table_offset.value,
+                      image_->snapshot_table_bytes()));
+  QV_TRY(check_in_use("refcount table", header.refcount_table_offset.value,
+                      uint64_t{header.refcount_table_clusters} * geometry.cluster_bytes()));
+  for (const uint64_t block : image_->refcount_table()) {
+    if (block != 0) {
+      QV_TRY(check_in_use("refcount block", block, geometry.cluster_bytes()));
+    }
+  }
+  return {};
+}
+
+Result<void> Allocator::check_in_use(const char *what, uint64_t offset, uint64_t bytes) const {
+  const uint64_t first = offset >> image_->geometry().cluster_bits;
+  const uint64_t end =
+      (offset + bytes + image_->geometry().cluster_bytes() - 1) >> image_->geometry().cluster_bits;
+  const auto after = std::ranges::upper_bound(free_, first, {}, &ClusterRun::first);
+  const bool first_free = after != free_.begin() && first < std::prev(after)->end();
+  const bool later_free = after != free_.end() && after->first < end;
+  if (bytes > 0 && (first_free || later_free || end > tail_)) {
     return fail(ErrorCode::bad_image,
-                image_->name() +
-                    ": the refcount table says that no cluster is in use: the image is damaged; "
-                    "repair it with `qemu-img check -r all`");
+                image_->name() + ": the refcounts call the " + what +
+                    " free: the image is damaged; repair it with `qemu-img check -r all`");
   }
   return {};
 }

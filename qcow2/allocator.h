@@ -47,6 +47,10 @@ class Allocator {
  private:
   explicit Allocator(const Image &image) : image_(&image) {}
   Result<void> scan_blocks();
+  /// Refuses an image whose refcounts call its own tables free: they would be overwritten. (QEMU
+  /// looks for such overlaps before each write.)
+  Result<void> check_own_tables() const;
+  Result<void> check_in_use(const char *what, uint64_t offset, uint64_t bytes) const;
   void note_free(uint64_t first, uint64_t count);
   Result<ClusterRun> take_tail(uint64_t count);
   Result<void> grow_file(uint64_t end_cluster);

@@ -253,9 +253,9 @@ TEST_P(ImagePair, CutAfterEveryChangeThenRecovered) {
       cut[change.file]->apply(change.entry);
     }
     ++tally().cuts;
-    for (const std::string &path : cut_paths) {
-      ASSERT_EQ(checked(path), "");
-    }
+    // The file that did not change was looked at before.
+    const size_t changed = changes > 0 ? clock.changes[changes - 1].file : 0;
+    ASSERT_EQ(checked(cut_paths[changed]), "");
     const PairView seen = views(cut_paths);
     for (size_t i = 0; i < image_count; ++i) {
       ASSERT_TRUE(seen[i].active == before_[i].active);
@@ -342,7 +342,7 @@ TEST_P(ImagePair, EveryOperationFailsOnce) {
     ASSERT_TRUE(perform(pair.pointers()));
   }
   const uint64_t operations = clean.operations - opening;
-  const uint64_t step = rounds() > 1 ? 1 : std::max<uint64_t>(1, operations / 40);
+  const uint64_t step = rounds() > 1 ? 1 : std::max<uint64_t>(1, operations / 25);
   for (uint64_t nth = 0; nth < operations; nth += step) {
     const int error = nth / step % 2 == 0 ? EIO : ENOSPC;
     SCOPED_TRACE("operation " + std::to_string(nth) + " of " + std::to_string(operations) +

@@ -283,7 +283,7 @@ TEST_P(OneImage, EveryOperationFailsOnce) {
   const uint64_t step =
       rounds() > 1 ? 1
                    : std::max<uint64_t>(
-                         1, operations / (GetParam().kind.cluster_bytes == 2 * mib ? 20 : 100));
+                         1, operations / (GetParam().kind.cluster_bytes == 2 * mib ? 15 : 40));
   for (uint64_t nth = 0; nth < operations; nth += step) {
     const int error = nth / step % 2 == 0 ? EIO : ENOSPC;
     SCOPED_TRACE("operation " + std::to_string(nth) + " of " + std::to_string(operations) +

@@ -29,6 +29,7 @@ class Settings:
     base = None
     guests = {}
     qemus = {}
+    kvm = {}
 
 
 def base_folder():
@@ -72,10 +73,15 @@ def find_qemu(name, elsewhere=False):
     return found
 
 
-def full_only(test):
-    """Marks a test, or a class of tests, that --quick leaves out."""
-    test.full_only = True
-    return test
+def need_kvm():
+    """Skips the test unless a Linux guest boots under KVM here; tried once, by the host's QEMU."""
+    if "why not" not in Settings.kvm:
+        folder = tempfile.mkdtemp(prefix="kvm", dir=base_folder())
+        Settings.kvm["why not"] = vm.linux_boots_under_kvm(find_qemu("host"), find_guest("x86_64"),
+                                                          folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    if Settings.kvm["why not"]:
+        raise unittest.SkipTest(Settings.kvm["why not"])
 
 
 def cases(*rows, quick=None):

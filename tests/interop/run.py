@@ -84,8 +84,7 @@ def flatten(suite):
 
 
 def is_full_only(test):
-    method = getattr(test, test._testMethodName, None)
-    return getattr(method, "full_only", False) or getattr(type(test), "full_only", False)
+    return getattr(getattr(test, test._testMethodName, None), "full_only", False)
 
 
 def wanted(test, patterns):

@@ -74,11 +74,3 @@ class BedItself(BedTest):
         guest.quit()
         for disk in guest.disks:
             self.assertEqual(bed.held_locks(disk.path), [])
-
-    @cases("host", "newest")
-    def test_kvm(self, qemu):
-        """Whether tests can run under KVM on this machine."""
-        folder = os.path.join(self.folder, "kvm")
-        why_not = vm.linux_boots_under_kvm(bed.find_qemu(qemu), bed.find_guest("x86_64"), folder)
-        if why_not:
-            self.skipTest(why_not)

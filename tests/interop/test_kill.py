@@ -96,7 +96,8 @@ class Kill(BedTest):
                 guest.cont()
         self.assert_sound(guest, r"^k\d$")
 
-    @cases((signal.SIGINT, "attach"), (signal.SIGTERM, "attach"), (signal.SIGINT, "plugin"))
+    @cases((signal.SIGINT, "attach"), (signal.SIGTERM, "attach"), (signal.SIGINT, "plugin"),
+           quick=[(signal.SIGINT, "attach"), (signal.SIGINT, "plugin")])
     def test_cancelled(self, number, how):
         guest = self.make_vm("newest", "microvm", plugin=how == "plugin").start()
         process = self.start_save(guest, "half", *SLOW)

@@ -6,7 +6,7 @@ from bed import BedTest, cases
 class Paused(BedTest):
     WAYS = [("host", "plugin"), ("10.0", "attach"), ("newest", "plugin"), ("newest", "attach")]
 
-    @cases(*WAYS)
+    @cases(*WAYS, quick=[("host", "plugin"), ("newest", "attach")])
     def test_paused(self, qemu, how):
         guest = self.make_vm(qemu, "microvm", plugin=how == "plugin").start()
         guest.fill(11)
@@ -30,7 +30,7 @@ class Paused(BedTest):
         guest.check_image()
         self.assertEqual(guest.snapshot_names(), ["one", "two", "own"])
 
-    @cases(("host", "plugin"), ("newest", "attach"))
+    @cases(("host", "plugin"), ("newest", "attach"), quick=[("newest", "attach")])
     def test_never_ran(self, qemu, how):
         guest = self.make_vm(qemu, "pc", plugin=how == "plugin").start(paused=True)
         self.assertEqual(guest.status(), "prelaunch")

@@ -45,7 +45,7 @@ class Refusals(BedTest):
 
     # Run states and migrations.
 
-    @cases(*BOTH)
+    @cases(*BOTH, quick=BOTH[1:])
     def test_suspended(self, qemu, how):
         # The console must not lose bytes over the suspend.
         guest = self.booted(qemu, "pc", how, kernel_options="no_console_suspend")
@@ -56,7 +56,7 @@ class Refusals(BedTest):
         guest.qmp.wait_event("WAKEUP", 30)
         self.lives_on(guest)
 
-    @cases(*BOTH)
+    @cases(*BOTH, quick=BOTH[1:])
     def test_shut_down(self, qemu, how):
         guest = self.booted(qemu, "pc", how, extra=["-no-shutdown"])
         guest.console.sendall(b"\nx poweroff\n")
@@ -71,9 +71,10 @@ class Refusals(BedTest):
         guest.wait_console(rb"@start READY", 90)
         self.lives_on(guest)
 
-    @cases(*BOTH)
+    @cases(*BOTH, quick=BOTH[1:])
     def test_running_migration(self, qemu, how):
-        guest = self.booted(qemu, how=how)
+        # Not on an iothread: 7.2 then now and then hangs in `quit` after a cancelled migration.
+        guest = self.booted(qemu, how=how, iothread=False)
         guest.qmp.execute("migrate-set-parameters", max_bandwidth=4096)
         guest.qmp.execute("migrate", uri="exec:cat >/dev/null")
         deadline = time.monotonic() + 10

@@ -6,7 +6,7 @@ import os
 import re
 
 import vm
-from bed import BedTest, cases
+from bed import BedTest, cases, need_kvm
 
 ROWS = [(qemu, machine, how) for qemu in ("host", "10.0", "newest") for machine in vm.MACHINES
         for how in ("plugin", "attach") if (qemu, how) != ("host", "attach")]
@@ -28,7 +28,15 @@ def listed(machine, name):
 class SaveLoad(BedTest):
     @cases(*ROWS, quick=QUICK)
     def test_save_load(self, qemu, machine, how):
-        guest = self.make_vm(qemu, machine, plugin=how == "plugin").start()
+        self.go_through_all(self.make_vm(qemu, machine, plugin=how == "plugin"))
+
+    @cases(("host", "plugin"), ("10.0", "attach"), ("newest", "plugin"), ("newest", "attach"))
+    def test_save_load_kvm(self, qemu, how):
+        need_kvm()
+        self.go_through_all(self.make_vm(qemu, "q35", plugin=how == "plugin", accel="kvm"))
+
+    def go_through_all(self, guest):
+        guest.start()
         guest.fill(11)
         self.save_while_running(guest)
         state = self.save_while_paused(guest)

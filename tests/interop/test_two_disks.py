@@ -30,7 +30,8 @@ class TwoDisks(BedTest):
         guest.quit()
         guest.check_image()
 
-    @cases(("10.0", "plugin"), ("newest", "attach"), ("newest", "plugin"))
+    @cases(("10.0", "plugin"), ("newest", "attach"), ("newest", "plugin"),
+           quick=[("newest", "attach")])
     def test_iothread(self, qemu, how):
         """Disks on an iothread. One save and one load a process only: see VM.iothread; on 7.2 every
         test has its disks on one."""
@@ -113,7 +114,8 @@ class TwoDisks(BedTest):
         self.assert_seed(guest, 11)
 
     @cases("cluster_size=4k", "compat=0.10", "refcount_bits=8", "lazy_refcounts=on",
-           "cluster_size=2M,preallocation=metadata")
+           "cluster_size=2M,preallocation=metadata",
+           quick=["cluster_size=4k", "compat=0.10"])
     def test_formats(self, options):
         """Images of other geometry go the same way."""
         guest = self.make_vm("newest", "microvm",

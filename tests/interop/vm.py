@@ -468,6 +468,6 @@ def linux_boots_under_kvm(qemu, guest, folder, timeout=20):
         probe.check()
         return None
     except (GuestError, QmpError, OSError) as error:
-        return f"a Linux guest does not start under KVM within {timeout} s ({str(error)[:200]})"
+        return f"a Linux guest does not start under KVM within {timeout} s ({type(error).__name__})"
     finally:
         probe.kill()
