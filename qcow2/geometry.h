@@ -1,6 +1,7 @@
 // The sizes that follow from a qcow2 header: clusters, tables, spans, limits.
 //
-// Format facts: QEMU docs/interop/qcow2.txt ("Header", "Host cluster management", "Cluster mapping").
+// Format facts: QEMU docs/interop/qcow2.txt ("Header", "Host cluster management", "Cluster
+// mapping").
 #pragma once
 
 #include <cstdint>
@@ -22,13 +23,17 @@ struct Geometry {
 
   constexpr uint32_t refcount_bits() const { return 1U << refcount_order; }
   /// Clusters that one refcount block counts.
-  constexpr uint64_t refcount_block_entries() const { return cluster_bytes() * 8 / refcount_bits(); }
+  constexpr uint64_t refcount_block_entries() const {
+    return cluster_bytes() * 8 / refcount_bits();
+  }
   /// The largest count an entry can hold.
   constexpr uint64_t refcount_max() const {
     return refcount_bits() == 64 ? UINT64_MAX : (uint64_t{1} << refcount_bits()) - 1;
   }
 
-  constexpr uint64_t clusters_for(uint64_t bytes) const { return divide_up(bytes, cluster_bytes()); }
+  constexpr uint64_t clusters_for(uint64_t bytes) const {
+    return divide_up(bytes, cluster_bytes());
+  }
   constexpr uint64_t cluster_of(HostOffset offset) const { return offset.value >> cluster_bits; }
   constexpr HostOffset host_offset(uint64_t cluster) const {
     return HostOffset(cluster << cluster_bits);

@@ -2,8 +2,8 @@
 // pread/pwrite, or a fake that records, cuts and fails operations by a seed.
 //
 // A backend is honest and simple: it may transfer fewer bytes than asked, and it reports errno.
-// Comparing lengths, resubmitting and stopping at the first error is File's work (file.h), done once
-// for all backends.
+// Comparing lengths, resubmitting and stopping at the first error is File's work (file.h), done
+// once for all backends.
 //
 // Threads: one thread at a time uses a backend.
 #pragma once
@@ -26,11 +26,11 @@ constexpr unsigned no_buffer = ~0U;
 
 struct BackendOp {
   OpKind kind;
-  std::byte *data;         ///< stays valid until the completion is reaped; not written to by `write`
-  size_t bytes;            ///< > 0
-  uint64_t offset;         ///< in the file
-  unsigned buffer_index;   ///< of the registered buffer that `data` lies in, or no_buffer
-  uint64_t cookie;         ///< comes back in the completion
+  std::byte *data;        ///< stays valid until the completion is reaped; not written to by `write`
+  size_t bytes;           ///< > 0
+  uint64_t offset;        ///< in the file
+  unsigned buffer_index;  ///< of the registered buffer that `data` lies in, or no_buffer
+  uint64_t cookie;        ///< comes back in the completion
 };
 
 /// Whether memory, offset and length are multiples of `alignment` (a power of two).
@@ -70,9 +70,9 @@ class Backend {
   // Synchronous operations; each returns a count of bytes, or 0, or -errno.
   virtual int64_t read_some(void *data, size_t bytes, uint64_t offset) = 0;
   virtual int64_t write_some(const void *data, size_t bytes, uint64_t offset) = 0;
-  virtual int sync() = 0;                                        ///< fdatasync or stronger
-  virtual int64_t size() = 0;                                    ///< block devices: their size
-  virtual int resize(uint64_t bytes) = 0;                        ///< ftruncate; -ENOTSUP on a device
+  virtual int sync() = 0;                  ///< fdatasync or stronger
+  virtual int64_t size() = 0;              ///< block devices: their size
+  virtual int resize(uint64_t bytes) = 0;  ///< ftruncate; -ENOTSUP on a device
   virtual int preallocate(uint64_t offset, uint64_t bytes) = 0;  ///< -EOPNOTSUPP where unknown
   virtual int punch_hole(uint64_t offset, uint64_t bytes) = 0;   ///< reads as zeros afterwards
   virtual bool is_block_device() const = 0;

@@ -1,7 +1,7 @@
 // Big-endian integers, as qcow2 and the vmstate stream store them.
 //
-// Be16, Be32 and Be64 are for on-disk structs: they have no alignment and no padding, so a struct of
-// them is laid out byte for byte as declared. load_be/store_be work on raw bytes.
+// Be16, Be32 and Be64 are for on-disk structs: they have no alignment and no padding, so a struct
+// of them is laid out byte for byte as declared. load_be/store_be work on raw bytes.
 #pragma once
 
 #include <bit>

@@ -34,8 +34,14 @@ constexpr uint64_t kib = 1024;
 constexpr uint64_t mib = 1024 * kib;
 constexpr uint64_t gib = 1024 * mib;
 
-constexpr uint64_t divide_up(uint64_t a, uint64_t b) { return a / b + (a % b != 0); }
-constexpr uint64_t round_up(uint64_t a, uint64_t b) { return divide_up(a, b) * b; }
-constexpr uint64_t round_down(uint64_t a, uint64_t b) { return a / b * b; }
+constexpr uint64_t divide_up(uint64_t a, uint64_t b) {
+  return a / b + (a % b != 0);
+}
+constexpr uint64_t round_up(uint64_t a, uint64_t b) {
+  return divide_up(a, b) * b;
+}
+constexpr uint64_t round_down(uint64_t a, uint64_t b) {
+  return a / b * b;
+}
 
 }  // namespace qvmstate

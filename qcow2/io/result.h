@@ -57,11 +57,11 @@ inline Error with_context(Error error, std::string_view context) {
 }  // namespace qvmstate
 
 /// Returns the error of `expr` to the caller, if it has one.
-#define QV_TRY(expr)                                             \
-  do {                                                           \
-    if (auto qv_result_ = (expr); !qv_result_) {                 \
-      return tl::unexpected(std::move(qv_result_).error());      \
-    }                                                            \
+#define QV_TRY(expr)                                        \
+  do {                                                      \
+    if (auto qv_result_ = (expr); !qv_result_) {            \
+      return tl::unexpected(std::move(qv_result_).error()); \
+    }                                                       \
   } while (0)
 
 #define QV_CONCAT_(a, b) a##b
@@ -69,9 +69,9 @@ inline Error with_context(Error error, std::string_view context) {
 
 /// `QV_ASSIGN(auto x, f());` declares or sets x from the value of f(), or returns its error.
 #define QV_ASSIGN(target, expr) QV_ASSIGN_(QV_CONCAT(qv_assign_, __LINE__), target, expr)
-#define QV_ASSIGN_(temporary, target, expr)                 \
-  auto temporary = (expr);                                  \
-  if (!temporary) {                                         \
-    return tl::unexpected(std::move(temporary).error());    \
-  }                                                         \
+#define QV_ASSIGN_(temporary, target, expr)              \
+  auto temporary = (expr);                               \
+  if (!temporary) {                                      \
+    return tl::unexpected(std::move(temporary).error()); \
+  }                                                      \
   target = std::move(temporary).value()

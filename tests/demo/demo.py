@@ -89,8 +89,10 @@ def demo(options, folder):
     plugin = None
     if by_plugin:
         plugin = shutil.copy(os.path.join(options.build, "libqvmstate.so"), folder)
+    # No iothread: with one, QEMU 7.2 now and then deadlocks when it quits.
     machine = DemoVM(qemu, guest, os.path.join(folder, "vm"), plugin=plugin, second_block=False,
-                     accel="tcg" if reason else "kvm", kernel_options=f"qvm.mem={FILLED_MIB}")
+                     accel="tcg" if reason else "kvm", iothread=False,
+                     kernel_options=f"qvm.mem={FILLED_MIB}")
     say(f"starting {qemu}, {machine.accel.upper()}, {RAM_MIB} MiB of RAM, of which the guest fills "
         f"{FILLED_MIB} MiB ...")
     try:
