@@ -4,6 +4,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -61,6 +62,8 @@ void report(const std::string &line) {
 
 [[noreturn]] void guard(int pipe, int socket, const std::string &qmp_path,
                         const std::vector<Disk> &disks, bool was_running, bool set_active) {
+  const auto peer = peer_of(socket);
+  const pid_t qemu = peer ? peer->pid : 0;
   if (wait_for_end(pipe)) {
     ::_exit(0);
   }
@@ -92,6 +95,9 @@ void report(const std::string &line) {
     report(std::string("qvmstate: the saving process ended early; the guest ") +
            (was_running ? "runs again\n" : "is paused as before\n"));
     ::_exit(0);
+  }
+  if (::access(("/proc/" + std::to_string(qemu)).c_str(), F_OK) != 0) {
+    ::_exit(0);  // QEMU is gone, and its images are clean: there is nothing to bring back
   }
   report("qvmstate: the saving process ended early, and the guest could not be brought back (" +
          back.error().message + "); run `qvmstate resume`\n");

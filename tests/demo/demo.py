@@ -102,6 +102,17 @@ def demo(options, folder):
         machine.kill()
 
 
+def end_and_check(machine):
+    """Debian 12's QEMU now and then hangs in `quit`, without qvmstate as well; what is shown here does
+    not depend on its end, but a QEMU that was killed leaves images that are not worth checking."""
+    try:
+        machine.quit()
+    except (TimeoutError, subprocess.TimeoutExpired):
+        say("  (QEMU did not answer to `quit` and was killed: its images are not checked here)")
+        return
+    machine.check_image()
+
+
 def run_steps(options, machine, by_plugin):
     before = machine.ask("check", timeout=BOOT_SECONDS_MAX)
     require(before.startswith("CHECK OK"), f"the guest before the save: {before}")
@@ -123,21 +134,19 @@ def run_steps(options, machine, by_plugin):
     require(hot.startswith("CHECK OK") and "seed=1 " in hot + " ", f"the guest after loadvm: {hot}")
     say(f"  {hot}")
     say("a new QEMU, started with -loadvm ...")
-    machine.quit()
-    machine.check_image()
+    end_and_check(machine)
     machine.start(loadvm="demo")
     cold = machine.ask("check", timeout=BOOT_SECONDS_MAX)
     require(cold.startswith("CHECK OK") and "seed=1 " in cold + " ", f"the guest: {cold}")
     say(f"  {cold}")
-    machine.quit()
-    machine.check_image()
+    end_and_check(machine)
     mib = report["vmstate-bytes"] / (1 << 20)
     say(f"\n{'':24}{'seconds':>9}{'MiB/s':>8}")
     say(f"{'QEMU savevm':24}{savevm_seconds:9.2f}{mib / savevm_seconds:8.0f}")
     say(f"{'qvmstate save':24}{our_seconds:9.2f}{mib / our_seconds:8.0f}\n")
     return (f"{machine.qemu} loaded the {mib:.0f} MiB that qvmstate saved in {our_seconds:.2f} s "
             f"(savevm: {savevm_seconds:.2f} s), hot and cold; the guest found its memory and disks "
-            f"right, and qemu-img check its images clean")
+            f"right")
 
 
 def main():
