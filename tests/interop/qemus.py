@@ -94,7 +94,14 @@ class Qemu:
         return done
 
     def img(self, *args, **options):
-        """Runs this release's qemu-img and returns the completed process."""
+        """Runs this release's qemu-img and returns the completed process. On a busy machine it may
+        be unable to time a LUKS key, which says nothing about the image: then once more."""
+        for _ in range(20):
+            try:
+                return self.run("qemu-img", *args, **options)
+            except RuntimeError as error:
+                if "accurate CPU usage" not in str(error):
+                    raise
         return self.run("qemu-img", *args, **options)
 
     def system(self, arch):
