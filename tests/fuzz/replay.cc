@@ -22,6 +22,7 @@ bool replay(const std::filesystem::path &path) {
   }
   // A copy of exactly this size, so that AddressSanitizer sees a read past the end.
   const std::vector<uint8_t> exact(data.begin(), data.end());
+  std::fprintf(stderr, "%s\n", path.c_str());  // the last one named is the one that fails
   LLVMFuzzerTestOneInput(exact.data(), exact.size());
   return true;
 }
