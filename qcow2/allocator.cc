@@ -16,6 +16,7 @@ constexpr size_t free_runs_max = 65536;
 constexpr uint64_t stream_run_bytes_min = 1 * mib;
 constexpr uint64_t stream_alignment_bytes = 4096;
 constexpr uint64_t scan_piece_bytes = 256 * kib;
+constexpr uint64_t zeros_bytes = 1 * mib;  // written at a time where no hole can be punched
 constexpr uint64_t grow_step_bytes_max = 4 * gib;
 constexpr uint64_t grow_step_bytes_beyond = 16 * mib;  // past what was expected
 // L1 and L2 entries and refcount table entries have offset bits up to 55.
@@ -136,7 +137,7 @@ uint64_t Allocator::free_bytes_inside() const {
   return clusters * image_->geometry().cluster_bytes();
 }
 
-Result<void> Allocator::grow_file(uint64_t end_cluster) {
+Result<void> Allocator::grow_file(uint64_t end_cluster, Growth growth) {
   const uint64_t needed_bytes = end_cluster << image_->geometry().cluster_bits;
   if (needed_bytes <= grown_bytes_) {
     return {};
@@ -146,13 +147,27 @@ Result<void> Allocator::grow_file(uint64_t end_cluster) {
                                          std::to_string(needed_bytes - grown_bytes_) +
                                          " bytes are missing");
   }
-  const uint64_t ahead =
-      expected_bytes_ > 0 ? std::min(expected_bytes_, grow_step_bytes_max) : grow_step_bytes_beyond;
+  switch (growth) {
+    case Growth::ahead:
+      return reserve_file(needed_bytes, expected_bytes_ > 0
+                                            ? std::min(expected_bytes_, grow_step_bytes_max)
+                                            : grow_step_bytes_beyond);
+    case Growth::reserved:
+      return reserve_file(needed_bytes, 0);
+    case Growth::sparse:
+      QV_TRY(image_->file().resize(needed_bytes));
+      grown_bytes_ = needed_bytes;
+      break;
+  }
+  return {};
+}
+
+Result<void> Allocator::reserve_file(uint64_t needed_bytes, uint64_t ahead_bytes) {
   io::File &file = image_->file();
   // What is in flight ends here: its ENOSPC must not be taken for one of reserving and forgotten.
   QV_TRY(file.size());
-  for (const uint64_t step : {ahead, grow_step_bytes_beyond, uint64_t{0}}) {
-    const uint64_t target = std::max(needed_bytes, grown_bytes_ + step);
+  for (const uint64_t step : {ahead_bytes, grow_step_bytes_beyond, uint64_t{0}}) {
+    const uint64_t target = std::max(needed_bytes, grown_bytes_ + std::min(step, ahead_bytes));
     auto reserved = file.preallocate(HostOffset(grown_bytes_), target - grown_bytes_);
     if (!reserved) {
       if (reserved.error().code == ErrorCode::no_space && step != 0) {
@@ -171,14 +186,14 @@ Result<void> Allocator::grow_file(uint64_t end_cluster) {
   return {};
 }
 
-Result<ClusterRun> Allocator::take_tail(uint64_t count) {
+Result<ClusterRun> Allocator::take_tail(uint64_t count, Growth growth) {
   const uint64_t clusters_max = host_bytes_max >> image_->geometry().cluster_bits;
   if (count > clusters_max || tail_ > clusters_max - count) {
     return fail(ErrorCode::no_space, image_->name() +
                                          ": the image would pass the largest size "
                                          "that qcow2 can address");
   }
-  QV_TRY(grow_file(tail_ + count));
+  QV_TRY(grow_file(tail_ + count, growth));
   const ClusterRun run{tail_, count};
   tail_ += count;
   taken_.push_back(run);
@@ -193,7 +208,7 @@ Result<ClusterRun> Allocator::take(uint64_t count) {
   for (size_t i = free_cursor_; i < free_.size(); ++i) {
     ClusterRun &run = free_[i];
     if (run.count >= count) {
-      QV_TRY(grow_file(run.first + count));
+      QV_TRY(grow_file(run.first + count, Growth::ahead));
       const ClusterRun got{run.first, count};
       run.first += count;
       run.count -= count;
@@ -201,10 +216,10 @@ Result<ClusterRun> Allocator::take(uint64_t count) {
       return got;
     }
   }
-  return take_tail(count);
+  return take_tail(count, Growth::ahead);
 }
 
-Result<ClusterRun> Allocator::take_for_stream(uint64_t count) {
+Result<ClusterRun> Allocator::take_for_stream(uint64_t count, Growth growth) {
   assert(count > 0);
   const Geometry &geometry = image_->geometry();
   const uint64_t unit = std::max<uint64_t>(1, stream_alignment_bytes / geometry.cluster_bytes());
@@ -220,7 +235,7 @@ Result<ClusterRun> Allocator::take_for_stream(uint64_t count) {
       return ClusterRun{};
     }
     const ClusterRun got{first, std::min(wanted, end - first)};
-    QV_TRY(grow_file(got.end()));
+    QV_TRY(grow_file(got.end(), growth));
     free_[i] = {got.end(), run.end() - got.end()};
     if (got.first > run.first && free_.size() < 2 * free_runs_max) {
       free_.insert(free_.begin() + static_cast<ptrdiff_t>(i),
@@ -240,7 +255,7 @@ Result<ClusterRun> Allocator::take_for_stream(uint64_t count) {
     free_.push_back({tail_, gap});
     tail_ += gap;
   }
-  auto tail = take_tail(wanted);
+  auto tail = take_tail(wanted, growth);
   if (tail || !device_ || tail.error().code != ErrorCode::no_space) {
     return tail;
   }
@@ -251,6 +266,34 @@ Result<ClusterRun> Allocator::take_for_stream(uint64_t count) {
     }
   }
   return tail;
+}
+
+Result<void> Allocator::make_zero(const ClusterRun &run) {
+  const uint32_t bits = image_->geometry().cluster_bits;
+  const uint64_t first = run.first << bits;
+  const uint64_t end = device_ ? run.end() << bits : std::min(run.end() << bits, original_bytes_);
+  if (first >= end) {
+    return {};
+  }
+  io::File &file = image_->file();
+  QV_ASSIGN(const bool punched, file.punch_hole(HostOffset(first), end - first));
+  if (punched) {
+    return {};
+  }
+  const std::vector<std::byte> zeros(std::min(end - first, zeros_bytes));
+  for (uint64_t at = first; at < end; at += zeros.size()) {
+    QV_TRY(file.write_at(std::span(zeros).first(std::min<uint64_t>(zeros.size(), end - at)),
+                         HostOffset(at)));
+  }
+  return {};
+}
+
+void Allocator::give_back(const ClusterRun &run) {
+  if (run.end() == tail_) {
+    tail_ = run.first;
+  } else if (run.count > 0) {
+    free_.push_back(run);
+  }
 }
 
 Result<void> Allocator::trim_file() {

@@ -23,6 +23,13 @@ struct ClusterRun {
   uint64_t end() const { return first + count; }
 };
 
+/// How the file is made longer for the stream.
+enum class Growth {
+  ahead,     ///< reserved, as far as the stream is expected to go
+  reserved,  ///< reserved, no further than asked
+  sparse,    ///< holes: what is never written takes no space
+};
+
 class Allocator {
  public:
   static Result<Allocator> scan(const Image &image);
@@ -32,7 +39,12 @@ class Allocator {
   /// 1 to `count` clusters, for the stream: from free runs of at least stream_run_bytes_min, then
   /// past the end, and only on a device that is full from smaller ones. Starts and ends at
   /// multiples of 4096 bytes, so that O_DIRECT never shares a page with metadata.
-  Result<ClusterRun> take_for_stream(uint64_t count);
+  Result<ClusterRun> take_for_stream(uint64_t count, Growth growth = Growth::ahead);
+  /// Makes taken clusters read as zeros: punches, or where that cannot be done writes them. Those
+  /// past the file's former end are holes already.
+  Result<void> make_zero(const ClusterRun &run);
+  /// Taken for the stream and not used after all.
+  void give_back(const ClusterRun &run);
   /// How much the stream will take at most: how far ahead the file is extended.
   void expect_stream_bytes(uint64_t bytes) { expected_bytes_ = bytes; }
 
@@ -52,8 +64,9 @@ class Allocator {
   Result<void> check_own_tables() const;
   Result<void> check_in_use(const char *what, uint64_t offset, uint64_t bytes) const;
   void note_free(uint64_t first, uint64_t count);
-  Result<ClusterRun> take_tail(uint64_t count);
-  Result<void> grow_file(uint64_t end_cluster);
+  Result<ClusterRun> take_tail(uint64_t count, Growth growth);
+  Result<void> grow_file(uint64_t end_cluster, Growth growth);
+  Result<void> reserve_file(uint64_t needed_bytes, uint64_t ahead_bytes);
 
   const Image *image_;
   std::vector<ClusterRun> free_;  // sorted by position; bounded by free_runs_max

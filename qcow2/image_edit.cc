@@ -13,6 +13,16 @@ namespace {
 
 constexpr uint64_t l1_piece_entries = 8192;  // 64 KiB of an L1 table at a time
 
+/// A cluster that reads as zeros and has no host cluster.
+void put_zero_entry(std::byte *entry, const Geometry &geometry) {
+  if (geometry.extended_l2) {
+    store_be<uint64_t>(entry, 0);
+    store_be<uint64_t>(entry + 8, 0xffffffff00000000);  // all 32 subclusters zero
+  } else {
+    store_be(entry, entry_zero);
+  }
+}
+
 }  // namespace
 
 ImageEdit::ImageEdit(Image &image, Allocator allocator)
@@ -286,23 +296,25 @@ Result<void> ImageEdit::add_snapshot(const NewSnapshot &snapshot) {
 Result<void> ImageEdit::write_vmstate_tables() {
   const Geometry &geometry = image_.geometry();
   std::vector<std::byte> l2(geometry.cluster_bytes());
-  size_t run_index = 0;
-  uint64_t run_used = 0;
-  for (const ClusterRun &run : area_.runs()) {
-    QV_TRY(refcounts_.claim(run, 1));
+  for (const AreaRun &run : area_.runs()) {
+    QV_TRY(refcounts_.claim({run.host_first, run.count}, 1));
   }
+  auto run = area_.runs().begin();
   for (uint64_t done = 0; done < area_.clusters(); done += geometry.l2_entries()) {
     std::fill(l2.begin(), l2.end(), std::byte{0});
     for (uint64_t k = 0; k < std::min(geometry.l2_entries(), area_.clusters() - done); ++k) {
-      const ClusterRun &run = area_.runs()[run_index];
+      const uint64_t cluster = done + k;
+      if (run != area_.runs().end() && run->stream_end() == cluster) {
+        ++run;
+      }
       std::byte *entry = l2.data() + k * geometry.l2_entry_bytes();
-      store_be(entry, geometry.host_offset(run.first + run_used).value);
+      if (run == area_.runs().end() || cluster < run->stream_first) {
+        put_zero_entry(entry, geometry);
+        continue;
+      }
+      store_be(entry, geometry.host_offset(run->host_first + (cluster - run->stream_first)).value);
       if (geometry.extended_l2) {
         store_be<uint64_t>(entry + 8, 0xffffffff);  // all 32 subclusters allocated
-      }
-      if (++run_used == run.count) {
-        ++run_index;
-        run_used = 0;
       }
     }
     QV_ASSIGN(const ClusterRun table, allocator_.take(1));

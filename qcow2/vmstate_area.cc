@@ -6,6 +6,16 @@
 #include "qcow2/limits.h"
 
 namespace qvmstate::qcow2 {
+namespace {
+
+// Zeros are flagged in units of at least this, so that small clusters do not break writes apart.
+constexpr uint64_t zero_unit_bytes_min = 64 * kib;
+// Taken at a time. Reserving waits for the writes in flight, so not too little; what is left over
+// at the end stays as free clusters in the image, so not too much.
+constexpr uint64_t arena_bytes_max = 64 * mib;
+constexpr uint64_t arena_parts = 16;  // of what is expected
+
+}  // namespace
 
 uint64_t VmstateArea::bytes_max(const Header &header) {
   const Geometry &geometry = header.geometry;
@@ -14,49 +24,160 @@ uint64_t VmstateArea::bytes_max(const Header &header) {
   return first >= entries ? 0 : (entries - first) * geometry.span_bytes();
 }
 
-Result<void> VmstateArea::place(StreamOffset from, uint64_t bytes, std::vector<io::HostRun> &runs) {
-  assert(from.value == placed_bytes_);
-  const Geometry &geometry = image_.geometry();
-  if (bytes > bytes_max(image_.header()) - std::min(placed_bytes_, bytes_max(image_.header()))) {
+Result<void> VmstateArea::check_fits(uint64_t stream_bytes) const {
+  const uint64_t most = bytes_max(image_.header());
+  if (stream_bytes > most) {
     return fail(ErrorCode::no_space, image_.name() + ": the vmstate does not fit: with " +
-                                         std::to_string(geometry.cluster_bytes()) +
+                                         std::to_string(image_.geometry().cluster_bytes()) +
                                          "-byte clusters and this disk size an L1 table can map " +
-                                         std::to_string(bytes_max(image_.header())) +
+                                         std::to_string(most) +
                                          " bytes of it; use an image with larger clusters");
   }
+  return {};
+}
+
+void VmstateArea::note(const AreaRun &run) {
+  auto after = std::ranges::upper_bound(runs_, run.stream_first, {}, &AreaRun::stream_first);
+  if (after != runs_.begin()) {
+    AreaRun &before = *std::prev(after);
+    if (before.stream_end() == run.stream_first &&
+        before.host_first + before.count == run.host_first) {
+      before.count += run.count;
+      return;
+    }
+  }
+  runs_.insert(after, run);
+}
+
+Result<void> VmstateArea::place(StreamOffset from, uint64_t bytes, std::vector<io::HostRun> &runs) {
+  assert(from.value == placed_bytes_);
+  QV_TRY(check_fits(placed_bytes_ + bytes));
+  const Geometry &geometry = image_.geometry();
   const uint64_t wanted_clusters = geometry.clusters_for(placed_bytes_ + bytes);
   while (clusters_ < wanted_clusters) {
     QV_ASSIGN(const ClusterRun run, allocator_.take_for_stream(wanted_clusters - clusters_));
+    note({clusters_, run.first, run.count});
     clusters_ += run.count;
-    if (!runs_.empty() && runs_.back().end() == run.first) {
-      runs_.back().count += run.count;
-    } else {
-      runs_.push_back(run);
-    }
   }
-
-  // The new bytes are the last ones of the runs: walk back to where they begin.
-  uint64_t run_index = runs_.size();
-  uint64_t run_stream_start = clusters_ * geometry.cluster_bytes();
-  while (run_stream_start > placed_bytes_) {
-    --run_index;
-    run_stream_start -= runs_[run_index].count * geometry.cluster_bytes();
-  }
-  uint64_t left = bytes;
-  uint64_t within = placed_bytes_ - run_stream_start;
-  while (left > 0) {
-    const ClusterRun &run = runs_[run_index];
-    const uint64_t run_bytes = run.count * geometry.cluster_bytes();
-    if (within < run_bytes) {
-      const uint64_t part = std::min(left, run_bytes - within);
-      runs.push_back({geometry.host_offset(run.first) + within, part});
-      left -= part;
-      within += part;
-    }
-    within -= run_bytes;
-    ++run_index;
-  }
+  find_host_runs({from, bytes}, runs);
   placed_bytes_ += bytes;
+  return {};
+}
+
+/// Precondition: all of the range is placed.
+void VmstateArea::find_host_runs(const io::StreamRange &range,
+                                 std::vector<io::HostRun> &runs) const {
+  const Geometry &geometry = image_.geometry();
+  const uint64_t first = range.from.value / geometry.cluster_bytes();
+  auto run = std::prev(std::ranges::upper_bound(runs_, first, {}, &AreaRun::stream_first));
+  uint64_t at = range.from.value;
+  const uint64_t end = at + range.bytes;
+  for (; at < end; ++run) {
+    assert(run != runs_.end());
+    const uint64_t run_start = run->stream_first * geometry.cluster_bytes();
+    const uint64_t part = std::min(end, run->stream_end() * geometry.cluster_bytes()) - at;
+    runs.push_back({geometry.host_offset(run->host_first) + (at - run_start), part});
+    at += part;
+  }
+}
+
+uint64_t VmstateArea::place_unit_bytes() const {
+  return std::max(zero_unit_bytes_min, image_.geometry().cluster_bytes());
+}
+
+/// Clusters of one kind, from those taken ahead.
+Result<ClusterRun> VmstateArea::take_from_arena(uint64_t count, Growth growth) {
+  ClusterRun &arena = growth == Growth::reserved ? reserved_arena_ : sparse_arena_;
+  if (arena.count == 0) {
+    const uint64_t wanted_bytes =
+        std::clamp(expected_bytes_ / arena_parts, place_unit_bytes(), arena_bytes_max);
+    const uint64_t ahead =
+        round_up(wanted_bytes, place_unit_bytes()) >> image_.geometry().cluster_bits;
+    auto taken = allocator_.take_for_stream(std::max(ahead, count), growth);
+    if (!taken && taken.error().code == ErrorCode::no_space) {
+      // There may be room for what is needed, if not for more.
+      image_.file().clear_error();
+      taken = allocator_.take_for_stream(count, Growth::sparse);
+    }
+    QV_TRY(taken);
+    arena = *taken;
+    if (growth == Growth::sparse) {
+      QV_TRY(allocator_.make_zero(arena));
+    }
+  }
+  const ClusterRun got{arena.first, std::min(arena.count, count)};
+  arena.first += got.count;
+  arena.count -= got.count;
+  return got;
+}
+
+Result<void> VmstateArea::take_fixed(uint64_t first, uint64_t count, Growth growth) {
+  while (count > 0) {
+    QV_ASSIGN(const ClusterRun got, take_from_arena(count, growth));
+    note({first, got.first, got.count});
+    first += got.count;
+    count -= got.count;
+    clusters_ = std::max(clusters_, first);
+  }
+  return {};
+}
+
+/// Of the clusters [first, end) those that have no place yet.
+Result<void> VmstateArea::take_missing(uint64_t first, uint64_t end, Growth growth) {
+  while (first < end) {
+    // Looked up anew each time: taking changes runs_.
+    const auto after = std::ranges::upper_bound(runs_, first, {}, &AreaRun::stream_first);
+    if (after != runs_.begin() && std::prev(after)->stream_end() > first) {
+      first = std::prev(after)->stream_end();
+      continue;
+    }
+    const uint64_t gap_end = after == runs_.end() ? end : std::min(end, after->stream_first);
+    QV_TRY(take_fixed(first, gap_end - first, growth));
+    first = gap_end;
+  }
+  return {};
+}
+
+Result<void> VmstateArea::place_at(std::span<const io::StreamRange> ranges,
+                                   std::vector<io::HostRun> &runs) {
+  const Geometry &geometry = image_.geometry();
+  const uint64_t unit = place_unit_bytes();
+  for (const io::StreamRange &range : ranges) {
+    const uint64_t begin = range.from.value;
+    const uint64_t end = begin + range.bytes;
+    // Whole units, and what stands out on either side of them.
+    const uint64_t outer_begin = round_down(begin, unit);
+    const uint64_t outer_end = round_up(end, unit);
+    QV_TRY(check_fits(outer_end));
+    const uint64_t whole_begin = std::min(round_up(begin, unit), outer_end);
+    const uint64_t whole_end = std::max(round_down(end, unit), whole_begin);
+    auto take = [&](uint64_t from, uint64_t to, Growth growth) {
+      return take_missing(from >> geometry.cluster_bits, to >> geometry.cluster_bits, growth);
+    };
+    QV_TRY(take(outer_begin, whole_begin, Growth::sparse));
+    QV_TRY(take(whole_begin, whole_end, Growth::reserved));
+    QV_TRY(take(whole_end, outer_end, Growth::sparse));
+    find_host_runs(range, runs);
+  }
+  return {};
+}
+
+Result<void> VmstateArea::finish_fixed(uint64_t stream_bytes) {
+  QV_TRY(check_fits(stream_bytes));
+  const Geometry &geometry = image_.geometry();
+  clusters_ = std::max(clusters_, geometry.clusters_for(stream_bytes));
+  if (image_.header().version < 3) {
+    // A cluster that cannot be flagged zero has to be there, and empty.
+    expected_bytes_ = arena_bytes_max * arena_parts;
+    QV_TRY(take_missing(0, clusters_, Growth::sparse));
+  }
+  // The one that lies last first: then it shortens the file again.
+  const bool sparse_last = sparse_arena_.first > reserved_arena_.first;
+  for (ClusterRun *arena : {sparse_last ? &sparse_arena_ : &reserved_arena_,
+                            sparse_last ? &reserved_arena_ : &sparse_arena_}) {
+    allocator_.give_back(*arena);
+    *arena = {};
+  }
   return {};
 }
 

@@ -1,7 +1,13 @@
 // The vmstate area of a new snapshot: where in the image each part of the stream goes.
 //
-// Clusters are taken as the stream comes, in host runs as long as there are; the L2 tables that map
-// them are written at the end, from the list of runs (image_edit.cc).
+// A legacy stream is placed from its first byte to its last, in host runs as long as there are. A
+// stream at fixed offsets (mapped-ram) is placed in any order, in units; a unit that is given whole
+// gets reserved clusters, for speed; any other gets clusters that read as zeros, holes of the file
+// where it can have them; and what is never placed becomes clusters flagged zero (version 2 has no
+// such flag: clusters full of holes). No cluster stays unallocated, because a larger backing file
+// would show through. The L2 tables that map all of it are written at the end (image_edit.cc).
+//
+// Threads: one at a time.
 #pragma once
 
 #include <cstdint>
@@ -9,29 +15,56 @@
 
 #include "qcow2/allocator.h"
 #include "qcow2/image.h"
-#include "qcow2/io/stream_buffer.h"
+#include "qcow2/io/placement.h"
 
 namespace qvmstate::qcow2 {
 
-class VmstateArea : public io::Placement {
+/// Clusters of the stream that lie in one piece of the file.
+struct AreaRun {
+  uint64_t stream_first = 0;  ///< in clusters from the start of the stream
+  uint64_t host_first = 0;
+  uint64_t count = 0;
+  uint64_t stream_end() const { return stream_first + count; }
+};
+
+class VmstateArea : public io::Placement, public io::FixedPlacement {
  public:
   VmstateArea(const Image &image, Allocator &allocator) : image_(image), allocator_(allocator) {}
 
   Result<void> place(StreamOffset from, uint64_t bytes, std::vector<io::HostRun> &runs) override;
   uint64_t unit_bytes() const override { return 4096; }
 
-  /// Host runs in stream order; together they hold clusters() clusters.
-  const std::vector<ClusterRun> &runs() const { return runs_; }
+  Result<void> place_at(std::span<const io::StreamRange> ranges,
+                        std::vector<io::HostRun> &runs) override;
+  uint64_t place_unit_bytes() const override;
+  /// The stream at fixed offsets is complete, and has this length.
+  Result<void> finish_fixed(uint64_t stream_bytes);
+  /// About how many bytes place_at() will be given.
+  void expect_fixed_bytes(uint64_t bytes) { expected_bytes_ = bytes; }
+
+  /// Ascending and disjoint; what lies between them up to clusters() is zeros.
+  const std::vector<AreaRun> &runs() const { return runs_; }
   uint64_t clusters() const { return clusters_; }
   /// What an L1 table of the largest size could map past the disk.
   static uint64_t bytes_max(const Header &header);
 
  private:
+  Result<void> check_fits(uint64_t stream_bytes) const;
+  void note(const AreaRun &run);
+  Result<void> take_fixed(uint64_t first, uint64_t count, Growth growth);
+  Result<void> take_missing(uint64_t first, uint64_t end, Growth growth);
+  Result<ClusterRun> take_from_arena(uint64_t count, Growth growth);
+  void find_host_runs(const io::StreamRange &range, std::vector<io::HostRun> &runs) const;
+
   const Image &image_;
   Allocator &allocator_;
-  std::vector<ClusterRun> runs_;
+  std::vector<AreaRun> runs_;
   uint64_t clusters_ = 0;
-  uint64_t placed_bytes_ = 0;
+  uint64_t placed_bytes_ = 0;    // by place()
+  uint64_t expected_bytes_ = 0;  // of place_at()
+  // Taken from the allocator ahead of need, so that units of a kind lie beside each other.
+  ClusterRun reserved_arena_;
+  ClusterRun sparse_arena_;
 };
 
 }  // namespace qvmstate::qcow2

@@ -1,96 +1,23 @@
 #include "vmstate/legacy_writer.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
-#include <string_view>
-#include <unordered_set>
 #include <vector>
 
 #include "qcow2/io/endian.h"
 #include "vmstate/page_scan.h"
 #include "vmstate/section_scan.h"
 #include "vmstate/stream_format.h"
+#include "vmstate/stream_parts.h"
 
 namespace qvmstate::vmstate {
 namespace {
 
 constexpr size_t page_header_bytes = 8;
 constexpr size_t zero_record_bytes = page_header_bytes + 1;
-constexpr uint64_t page_bytes_min = 4096;  // QEMU's targets; the flags need the bits below it
-constexpr uint64_t page_bytes_max = 64 * kib;
-constexpr uint64_t blocks_bytes_max = uint64_t{1} << 56;  // far above any guest; sums do not wrap
 // What is read before it is looked at again for zeros: small enough to be still in the L2 cache.
 constexpr size_t batch_bytes = 256 * kib;
 constexpr uint64_t hook_interval_bytes = 4 * mib;
-
-/// Small parts of the stream, gathered before they are put.
-class Bytes {
- public:
-  template <std::unsigned_integral T>
-  void add(T value) {
-    bytes_.resize(bytes_.size() + sizeof value);
-    store_be<T>(bytes_.data() + bytes_.size() - sizeof value, value);
-  }
-  void add_text(std::string_view text) {
-    for (const char c : text) {
-      bytes_.push_back(static_cast<std::byte>(c));
-    }
-  }
-  void add_short_text(std::string_view text) {
-    add(static_cast<uint8_t>(text.size()));
-    add_text(text);
-  }
-  std::span<const std::byte> span() const { return bytes_; }
-
- private:
-  std::vector<std::byte> bytes_;
-};
-
-bool is_early(const DeviceSection &section) {
-  return section.idstr.ends_with("virtio-mem-device-early");
-}
-
-/// In the order of the stream. QEMU loads virtio-mem's early section before RAM, because it says
-/// which parts of the device's RAM are plugged.
-std::vector<DeviceSection> stream_order(std::span<const DeviceSection> devices) {
-  std::vector<DeviceSection> ordered(devices.begin(), devices.end());
-  std::ranges::stable_partition(ordered, is_early);
-  return ordered;
-}
-
-Result<void> check_arguments(const StreamConfiguration &configuration,
-                             std::span<const RamBlock> blocks) {
-  const uint64_t page_bytes = configuration.page_bytes;
-  if (!std::has_single_bit(page_bytes) || page_bytes < page_bytes_min ||
-      page_bytes > page_bytes_max) {
-    return fail(ErrorCode::bad_argument, "vmstate stream: pages of " + std::to_string(page_bytes) +
-                                             " bytes; only powers "
-                                             "of two from 4096 to 65536 can be written");
-  }
-  if (blocks.empty()) {
-    return fail(ErrorCode::bad_argument, "vmstate stream: the VM has no RAM block that migrates");
-  }
-  std::unordered_set<std::string_view> names;
-  uint64_t total_bytes = 0;
-  for (const RamBlock &block : blocks) {
-    const std::string where = "vmstate stream: RAM block \"" + block.idstr + "\": ";
-    if (block.idstr.empty() || block.idstr.size() > section_idstr_bytes_max) {
-      return fail(ErrorCode::bad_argument, where + "its name must have 1 to 255 bytes");
-    }
-    if (!names.insert(block.idstr).second) {
-      return fail(ErrorCode::bad_argument, where + "two blocks have this name");
-    }
-    if (block.used_bytes == 0 || block.used_bytes % page_bytes != 0 ||
-        block.used_bytes > blocks_bytes_max - total_bytes) {
-      return fail(ErrorCode::bad_argument,
-                  where + "its size of " + std::to_string(block.used_bytes) +
-                      " bytes is not a multiple of the page size, or impossibly large");
-    }
-    total_bytes += block.used_bytes;
-  }
-  return {};
-}
 
 class LegacyWriter {
  public:
@@ -99,7 +26,7 @@ class LegacyWriter {
       : out_(out),
         configuration_(configuration),
         ram_(ram),
-        devices_(stream_order(devices)),
+        devices_(devices),
         hook_(hook),
         page_bytes_(configuration.page_bytes),
         record_bytes_(page_header_bytes + configuration.page_bytes),
@@ -107,92 +34,41 @@ class LegacyWriter {
 
   Result<StreamStats> write() {
     const uint64_t start = out_.tell();
-    QV_TRY(put_head());
-    for (const DeviceSection &device : devices_) {
-      if (is_early(device)) {
-        QV_TRY(out_.put(device.whole));
-      }
-    }
+    StreamPart head;
+    add_stream_head(head, configuration_, {}, devices_);
+    QV_TRY(out_.put(head.span()));
     QV_TRY(put_ram());
-    for (const DeviceSection &device : devices_) {
-      if (!is_early(device)) {
-        QV_TRY(out_.put(device.whole));
-      }
-    }
-    QV_TRY(put_tail());
+    StreamPart tail;
+    add_stream_tail(tail, configuration_, devices_);
+    QV_TRY(out_.put(tail.span()));
     stats_.stream_bytes = out_.tell() - start;
     QV_TRY(out_.finish());
     return stats_;
   }
 
  private:
-  Result<void> put_head() {
-    Bytes head;
-    head.add(stream_magic);
-    head.add(stream_version);
-    head.add(section_configuration);
-    head.add(static_cast<uint32_t>(configuration_.machine_type.size()));
-    head.add_text(configuration_.machine_type);
-    if (configuration_.target_page_bits) {
-      head.add(section_subsection);
-      head.add_short_text("configuration/target-page-bits");
-      head.add(uint32_t{1});  // version
-      head.add(*configuration_.target_page_bits);
-    }
-    return out_.put(head.span());
-  }
-
-  Result<void> put_tail() {
-    const std::string description = format_vmdescription(
-        configuration_.machine_type, configuration_.target_page_bits, page_bytes_, devices_);
-    Bytes tail;
-    tail.add(section_eof);
-    tail.add(section_vmdescription);
-    tail.add(static_cast<uint32_t>(description.size()));
-    tail.add_text(description);
-    return out_.put(tail.span());
-  }
-
   Result<void> put_ram() {
     const auto blocks = ram_.blocks();
-    Bytes start;
-    start.add(section_start);
-    start.add(ram_section_id);
-    start.add_short_text("ram");
-    start.add(uint32_t{0});  // instance
-    start.add(ram_section_version);
-    for (const RamBlock &block : blocks) {
-      stats_.ram_bytes += block.used_bytes;
-    }
-    start.add(stats_.ram_bytes | ram_mem_size);
+    stats_.ram_bytes = total_bytes(blocks);
+    StreamPart start;
+    add_ram_start(start, stats_.ram_bytes);
     for (const RamBlock &block : blocks) {
       start.add_short_text(block.idstr);
       start.add(block.used_bytes);
     }
-    add_body_end(start);
-    add_continuation(start, section_part);
+    add_ram_body_end(start);
+    add_ram_continuation(start, section_part);
     QV_TRY(out_.put(start.span()));
 
     for (size_t block = 0; block < blocks.size(); ++block) {
       QV_TRY(put_block(block));
     }
 
-    Bytes end;
-    add_body_end(end);
-    add_continuation(end, section_end);
-    add_body_end(end);
+    StreamPart end;
+    add_ram_body_end(end);
+    add_ram_continuation(end, section_end);
+    add_ram_body_end(end);
     return out_.put(end.span());
-  }
-
-  static void add_continuation(Bytes &bytes, uint8_t type) {
-    bytes.add(type);
-    bytes.add(ram_section_id);
-  }
-
-  static void add_body_end(Bytes &bytes) {
-    bytes.add(ram_eos);
-    bytes.add(section_footer);
-    bytes.add(ram_section_id);
   }
 
   Result<void> put_block(size_t block) {
@@ -241,7 +117,7 @@ class LegacyWriter {
       QV_TRY(read_page(block, 0, page));
       zero = is_zero(page, page_bytes_);
     }
-    Bytes record;
+    StreamPart record;
     record.add(zero ? ram_zero : ram_page);  // at offset 0
     record.add_short_text(ram_.blocks()[block].idstr);
     if (zero) {
@@ -382,7 +258,7 @@ class LegacyWriter {
   io::StreamBuffer &out_;
   const StreamConfiguration &configuration_;
   RamSource &ram_;
-  std::vector<DeviceSection> devices_;
+  std::span<const DeviceSection> devices_;
   const RamHook &hook_;
   const uint64_t page_bytes_;
   const uint64_t record_bytes_;
@@ -398,7 +274,7 @@ Result<StreamStats> write_legacy_stream(io::StreamBuffer &out,
                                         const StreamConfiguration &configuration, RamSource &ram,
                                         std::span<const DeviceSection> devices,
                                         const RamHook &hook) {
-  QV_TRY(check_arguments(configuration, ram.blocks()));
+  QV_TRY(check_stream_arguments(configuration, ram.blocks()));
   return LegacyWriter(out, configuration, ram, devices, hook).write();
 }
 

@@ -39,4 +39,14 @@ constexpr uint32_t ram_section_version = 4;
 // must not be the id of a device. Devices keep the small ids QEMU gave them.
 constexpr uint32_t ram_section_id = 0x7fffffff;
 
+// mapped-ram: in the block list, after each block's used length: u32 version, u64 page size, u64
+// offset of the bitmap, u64 offset of the pages; the bitmap; at its offset the block's pages, page
+// n at n * page size. Offsets count from the start of the file, or of the vmstate area. The bitmap
+// is of 64-bit words of the host; on little-endian ones bit n % 8 of byte n / 8 says that page n is
+// there. Source: QEMU docs/devel/migration/mapped-ram.rst, migration/ram.c.
+constexpr uint32_t mapped_ram_version = 1;
+constexpr uint64_t mapped_ram_header_bytes = 4 + 8 + 8 + 8;
+constexpr uint64_t mapped_ram_alignment_bytes = uint64_t{1} << 20;  // of each block's pages
+constexpr const char *mapped_ram_capability = "mapped-ram";
+
 }  // namespace qvmstate::vmstate

@@ -86,17 +86,21 @@ Result<void> AttachSource::read_pages(size_t block, uint64_t offset, size_t coun
       continue;
     }
     iovec local[IOV_MAX];
+    // Pages that lie beside each other are one piece for the kernel.
+    const bool adjacent = stride == page_bytes;
     const size_t batch = std::min<size_t>(pages, IOV_MAX);
     size_t batch_bytes = batch * page_bytes;
-    for (size_t i = 0; i < batch; ++i) {
-      local[i] = {to + i * stride, page_bytes};
+    const size_t pieces = adjacent ? 1 : batch;
+    const size_t piece_bytes = adjacent ? batch_bytes : page_bytes;
+    for (size_t i = 0; i < pieces; ++i) {
+      local[i] = {to + i * stride, piece_bytes};
     }
     // NOLINTNEXTLINE(performance-no-int-to-ptr): an address in another process
     iovec remote = {reinterpret_cast<void *>(addresses_[block] + offset), batch_bytes};
     iovec *first = local;
     while (batch_bytes > 0) {
       const ssize_t bytes = ::process_vm_readv(
-          pid_, first, static_cast<unsigned long>(local + batch - first), &remote, 1, 0);
+          pid_, first, static_cast<unsigned long>(local + pieces - first), &remote, 1, 0);
       if (bytes <= 0) {
         return explain(bytes < 0 ? errno : EFAULT, pid_, blocks_[block].idstr);
       }

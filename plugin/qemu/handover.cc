@@ -167,15 +167,20 @@ Result<void> Handover::stop() {
 
 Result<void> Handover::take() {
   taken_ = true;  // also when no answer comes
-  auto written = qmp_.execute("xen-save-devices-state",
-                              {{"filename", "/dev/fdset/" + std::to_string(fdset_)}});
+  // With `live`, the default, QEMU lets go of the disks of a stopped VM.
+  auto written =
+      qmp_.execute("xen-save-devices-state", {{"filename", "/dev/fdset/" + std::to_string(fdset_)},
+                                              {"live", kind_ == HandoverKind::images}});
   if (!written) {
-    if (qmp_.alive()) {
+    if (qmp_.alive() && kind_ == HandoverKind::images) {
       written.error().message +=
           "; end what else uses a disk of the VM (a writable NBD export, a block job) and try "
           "again";
     }
     return tl::unexpected(written.error());
+  }
+  if (kind_ == HandoverKind::device_state) {
+    return map_device_bytes();
   }
   for (const Disk &disk : disks_) {
     QV_ASSIGN(const Holder holder, holder_of(disk));
@@ -241,14 +246,25 @@ Result<void> Handover::give_back() {
 }
 
 Result<OwnedImages> OwnedImages::open(const std::vector<Disk> &disks,
-                                      const io::OpenOptions &options) {
+                                      const io::OpenOptions &options,
+                                      const ImageChannels &channels) {
   OwnedImages owned;
+  io::OpenOptions writable = options;
+  writable.writable = true;
   for (const Disk &disk : disks) {
-    io::OpenOptions writable = options;
-    writable.writable = true;
-    QV_ASSIGN(auto file,
-              io::File::open(own_descriptor_path(disk.image.get()), writable, disk.file));
-    const std::vector<int> descriptors = file->descriptors();
+    const std::string path = own_descriptor_path(disk.image.get());
+    QV_ASSIGN(auto file, io::File::open(path, writable, disk.file));
+    std::vector<int> descriptors = file->descriptors();
+    if (owned.files_.size() == channels.disk) {
+      io::OpenOptions deep = writable;
+      deep.depth = channels.depth;
+      for (unsigned i = 0; i < channels.count; ++i) {
+        QV_ASSIGN(auto channel, io::File::open(path, deep, disk.file));
+        const std::vector<int> more = channel->descriptors();
+        descriptors.insert(descriptors.end(), more.begin(), more.end());
+        owned.channels_.push_back(std::move(channel));
+      }
+    }
     QV_ASSIGN(auto lock, qcow2::ImageLock::take(descriptors, qcow2::LockRole::writer, disk.file));
     owned.locks_.push_back(std::move(lock));
     owned.files_.push_back(std::move(file));

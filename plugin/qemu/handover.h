@@ -49,10 +49,16 @@ Result<void> bring_back(Qmp &qmp, const std::vector<Disk> &disks, bool run, bool
 /// Whether this QEMU has blockdev-set-active (10.0).
 bool can_set_active(const Qmp &qmp);
 
+/// What becomes of the images between stop and give_back.
+enum class HandoverKind {
+  images,        ///< they are ours
+  device_state,  ///< QEMU keeps them; only the device state is taken
+};
+
 class Handover {
  public:
-  Handover(Qmp &qmp, const std::vector<Disk> &disks, bool was_running)
-      : qmp_(qmp), disks_(disks), was_running_(was_running) {}
+  Handover(Qmp &qmp, const std::vector<Disk> &disks, bool was_running, HandoverKind kind)
+      : qmp_(qmp), disks_(disks), was_running_(was_running), kind_(kind) {}
   ~Handover();
   Handover(const Handover &) = delete;
   Handover &operator=(const Handover &) = delete;
@@ -71,6 +77,7 @@ class Handover {
   Qmp &qmp_;
   const std::vector<Disk> &disks_;
   bool was_running_;
+  HandoverKind kind_;
   Descriptor memfd_;
   uint64_t fdset_ = 0;
   bool marked_ = false;
@@ -79,15 +86,25 @@ class Handover {
   std::span<const std::byte> device_bytes_;
 };
 
+/// Further Files over one image, each for a thread of its own.
+struct ImageChannels {
+  size_t disk = 0;
+  unsigned count = 0;
+  unsigned depth = 0;
+};
+
 /// The images while they are ours: open for writing, locked, read.
 class OwnedImages {
  public:
-  static Result<OwnedImages> open(const std::vector<Disk> &disks, const io::OpenOptions &options);
+  static Result<OwnedImages> open(const std::vector<Disk> &disks, const io::OpenOptions &options,
+                                  const ImageChannels &channels = {});
   const std::vector<qcow2::Image *> &images() const { return pointers_; }
   io::File &file(size_t index) { return *files_[index]; }
+  const std::vector<std::unique_ptr<io::File>> &channels() const { return channels_; }
 
  private:
   std::vector<std::unique_ptr<io::File>> files_;
+  std::vector<std::unique_ptr<io::File>> channels_;
   std::vector<qcow2::ImageLock> locks_;
   std::vector<std::unique_ptr<qcow2::Image>> images_;
   std::vector<qcow2::Image *> pointers_;

@@ -71,19 +71,45 @@ Result<void> check_block_jobs(Qmp &qmp) {
   return {};
 }
 
-Result<void> check_capabilities(Qmp &qmp) {
+/// What a capability that is on stands in the way of.
+struct RefusedCapability {
+  std::string_view name;
+  bool legacy_snapshot;
+  bool mapped_ram;  ///< in either container
+  std::string_view why;
+};
+constexpr std::string_view mapped_ram_name = "mapped-ram";
+constexpr std::string_view changes_loading = "which changes how loadvm reads a snapshot";
+constexpr std::string_view not_with_mapped_ram = "which is incompatible with mapped-ram";
+constexpr RefusedCapability refused_capabilities[] = {
+    {"x-ignore-shared", true, true, changes_loading},
+    {mapped_ram_name, true, false, changes_loading},
+    {"multifd", true, false, changes_loading},
+    {"postcopy-ram", true, true, changes_loading},
+    {"x-colo", true, true, changes_loading},
+    {"xbzrle", false, true, not_with_mapped_ram},
+    {"compress", false, true, not_with_mapped_ram},
+};
+
+Result<void> check_capabilities(Qmp &qmp, Purpose purpose) {
   QV_ASSIGN(const Json capabilities, qmp.execute("query-migrate-capabilities"));
-  constexpr std::string_view refused[] = {"x-ignore-shared", "mapped-ram", "multifd",
-                                          "postcopy-ram", "x-colo"};
+  const bool mapped_ram =
+      purpose == Purpose::mapped_ram_snapshot || purpose == Purpose::mapped_ram_file;
   for (const Json &capability : capabilities) {
     const std::string name = text_at(capability, "capability");
-    if (flag_at(capability, "state") &&
-        std::find(std::begin(refused), std::end(refused), name) != std::end(refused)) {
-      return fail(ErrorCode::not_supported,
-                  "the migration capability '" + name +
-                      "' is on, which changes how loadvm reads a snapshot; switch it off "
-                      "(migrate_set_capability " +
-                      name + " off)");
+    for (const RefusedCapability &refused : refused_capabilities) {
+      if (refused.name != name || !flag_at(capability, "state") ||
+          !((refused.legacy_snapshot && purpose == Purpose::legacy_snapshot) ||
+            (refused.mapped_ram && mapped_ram))) {
+        continue;
+      }
+      std::string message = "the migration capability '" + name + "' is on, " +
+                            std::string(refused.why) + "; switch it off (migrate_set_capability " +
+                            name + " off)";
+      if (name == mapped_ram_name) {
+        message += ", or save with --layout mapped-ram";
+      }
+      return fail(ErrorCode::not_supported, message);
     }
   }
   return {};
@@ -182,11 +208,11 @@ Result<Machine> check_machine_type(std::string_view type, std::string_view targe
                   ") cannot be saved; pc, q35, microvm (x86) and virt (aarch64) can");
 }
 
-Result<Machine> check_machine(Qmp &qmp, pid_t pid) {
+Result<Machine> check_machine(Qmp &qmp, pid_t pid, Purpose purpose) {
   QV_ASSIGN(const Json type, qmp.execute("qom-get", {{"path", "/machine"}, {"property", "type"}}));
   QV_ASSIGN(const Json target, qmp.execute("query-target"));
   QV_ASSIGN(Machine machine, check_machine_type(text(type), text_at(target, "arch")));
-  QV_TRY(check_capabilities(qmp));
+  QV_TRY(check_capabilities(qmp, purpose));
   QV_TRY(check_devices(qmp));
   QV_TRY(check_icount(qmp, pid));
   return machine;

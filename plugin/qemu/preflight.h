@@ -25,8 +25,17 @@ struct Machine {
 /// guest runs.
 Result<bool> check_state(Qmp &qmp);
 
+/// What the saved state is for: the capabilities of this QEMU must suit.
+enum class Purpose {
+  legacy_snapshot,      ///< loadvm of this QEMU
+  mapped_ram_snapshot,  ///< the same, with the capability mapped-ram
+  legacy_file,          ///< another QEMU's -incoming
+  mapped_ram_file,
+  deletion,  ///< nothing is loaded: all capabilities suit
+};
+
 /// Machine type, devices, migration capabilities, icount.
-Result<Machine> check_machine(Qmp &qmp, pid_t pid);
+Result<Machine> check_machine(Qmp &qmp, pid_t pid, Purpose purpose);
 
 /// By the rules for the machine type alone.
 Result<Machine> check_machine_type(std::string_view type, std::string_view target);

@@ -46,6 +46,9 @@ class Qmp {
   bool alive() const { return !broken_; }
   unsigned version_major() const { return major_; }
   unsigned version_minor() const { return minor_; }
+  bool is_at_least(unsigned major, unsigned minor) const {
+    return major_ > major || (major_ == major && minor_ >= minor);
+  }
   const std::string &version() const { return version_; }
 
  private:

@@ -49,7 +49,7 @@ Result<ResumeReport> resume(const std::string &qmp_path) {
     QV_TRY(recover_images(vm, report));
   } else if (unfinished) {
     report.was_interrupted = true;
-    Handover handover(*vm.qmp, vm.disks, vm.running);
+    Handover handover(*vm.qmp, vm.disks, vm.running, HandoverKind::images);
     QV_TRY(handover.mark("resume"));
     QV_TRY(handover.stop());
     QV_TRY(handover.take());

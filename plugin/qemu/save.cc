@@ -7,53 +7,25 @@
 
 #include <algorithm>
 #include <csignal>
+#include <functional>
 #include <optional>
-#include <thread>
 
-#include "plugin/qemu/attach_source.h"
 #include "plugin/qemu/guardian.h"
 #include "plugin/qemu/handover.h"
-#include "plugin/qemu/inprocess_source.h"
 #include "plugin/qemu/live_vm.h"
 #include "plugin/qemu/preflight.h"
+#include "plugin/qemu/save_state.h"
 #include "qcow2/image_set.h"
-#include "qcow2/io/buffer_pool.h"
-#include "qcow2/io/stream_buffer.h"
 #include "qcow2/suitability.h"
 #include "vmstate/device_sections.h"
-#include "vmstate/legacy_writer.h"
 
 namespace qvmstate::qemu {
 namespace {
 
 constexpr uint64_t device_bytes_expected = 16 * mib;
-constexpr milliseconds progress_interval{50};
-constexpr milliseconds rate_slice{50};
 
 double seconds_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
-}
-
-/// RAM in place, and what is known of it.
-struct Ram {
-  std::unique_ptr<vmstate::RamSource> source;
-  MemoryMap *map = nullptr;  // of the source
-};
-
-Result<Ram> open_ram(LiveVm &vm, Seat seat) {
-  Ram ram;
-  if (seat == Seat::plugin) {
-    QV_ASSIGN(auto blocks, ram_blocks_from_inside(*vm.qmp));
-    QV_ASSIGN(auto source, InProcessSource::open(std::move(blocks)));
-    ram.map = &source->map();
-    ram.source = std::move(source);
-  } else {
-    QV_ASSIGN(auto blocks, ram_blocks_from_outside(*vm.qmp));
-    QV_ASSIGN(auto source, AttachSource::open(vm.pid, std::move(blocks)));
-    ram.map = &source->map();
-    ram.source = std::move(source);
-  }
-  return ram;
 }
 
 Result<void> check_seat(const LiveVm &vm, Seat seat) {
@@ -112,10 +84,26 @@ Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_
   return {};
 }
 
-/// Everything that can be refused while the guest still runs. Returns the bytes of RAM touched so
-/// far.
-Result<uint64_t> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
-                                   Seat seat, SaveReport &report) {
+struct RamEstimate {
+  uint64_t touched_bytes = 0;  ///< so far
+  uint64_t total_bytes = 0;
+};
+
+/// Also opens it once, which can be refused.
+Result<RamEstimate> look_at_ram(LiveVm &vm, Seat seat, SaveReport &report) {
+  QV_ASSIGN(const std::vector<GuestRam> ram, open_ram(vm, seat));
+  for (const std::string &warning : ram.front().map->warnings()) {
+    report.warnings.push_back(warning);
+  }
+  RamEstimate estimate;
+  QV_ASSIGN(estimate.touched_bytes, ram.front().map->touched_bytes());
+  estimate.total_bytes = vmstate::total_bytes(ram.front().source->blocks());
+  return estimate;
+}
+
+/// Everything that can be refused while the guest still runs.
+Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
+                                      Seat seat, SaveReport &report) {
   QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks));
   for (size_t i = 0; i < vm.disks.size(); ++i) {
     const auto role = i == vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
@@ -129,71 +117,10 @@ Result<uint64_t> check_before_stop(LiveVm &vm, const SaveOptions &options, size_
   if (!qcow2::needs_recovery(watched.images())) {
     QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
   }
-  QV_ASSIGN(Ram ram, open_ram(vm, seat));
-  for (const std::string &warning : ram.map->warnings()) {
-    report.warnings.push_back(warning);
-  }
-  QV_ASSIGN(const uint64_t touched_bytes, ram.map->touched_bytes());
-  uint64_t ram_bytes = 0;
-  for (const vmstate::RamBlock &block : ram.source->blocks()) {
-    ram_bytes += block.used_bytes;
-  }
-  QV_TRY(check_space(vm.disks[vmstate_disk], touched_bytes, ram_bytes));
-  return touched_bytes;
+  QV_ASSIGN(const RamEstimate ram, look_at_ram(vm, seat, report));
+  QV_TRY(check_space(vm.disks[vmstate_disk], ram.touched_bytes, ram.total_bytes));
+  return ram;
 }
-
-/// Follows the stream: progress, cancelling, rate.
-class Pace {
- public:
-  Pace(const Observer &observer, uint64_t rate_bytes_per_second, uint64_t ram_bytes,
-       Clock::time_point begin)
-      : observer_(observer), rate_(rate_bytes_per_second), begin_(begin) {
-    progress_.phase = "writing";
-    progress_.ram_bytes_total = ram_bytes;
-  }
-
-  Result<void> ram_done(uint64_t bytes) {
-    progress_.ram_bytes_done = bytes;
-    return tell();
-  }
-  Result<void> flushed(uint64_t bytes) {
-    progress_.bytes_written = bytes;
-    QV_TRY(tell());
-    if (rate_ == 0) {
-      return {};
-    }
-    if (!rate_begin_) {
-      rate_begin_ = Clock::now();
-    }
-    const auto due =
-        *rate_begin_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
-                           static_cast<double>(bytes) / static_cast<double>(rate_)));
-    while (Clock::now() < due) {
-      std::this_thread::sleep_for(std::min<Clock::duration>(due - Clock::now(), rate_slice));
-      QV_TRY(tell());
-    }
-    return {};
-  }
-
- private:
-  Result<void> tell() {
-    QV_TRY(check_cancelled(observer_));
-    const auto now = Clock::now();
-    if (now - told_ >= progress_interval) {
-      told_ = now;
-      progress_.seconds = seconds_between(begin_, now);
-      report_progress(observer_, progress_);
-    }
-    return {};
-  }
-
-  const Observer &observer_;
-  uint64_t rate_;
-  Clock::time_point begin_;
-  std::optional<Clock::time_point> rate_begin_;
-  Clock::time_point told_{};
-  Progress progress_;
-};
 
 struct SaveContext {
   LiveVm &vm;
@@ -203,10 +130,20 @@ struct SaveContext {
   size_t vmstate_disk;
   Seat seat;
   Clock::time_point begin;
-  io::BufferPool &pool;
-  uint64_t touched_bytes;  // of RAM, shortly before the stop
+  RamEstimate ram;  // shortly before the stop
+  unsigned channels;
   SaveReport &report;
 };
+
+void report_stats(const vmstate::StreamStats &stats, io::File &writer, SaveReport &report) {
+  report.ram_bytes = stats.ram_bytes;
+  report.data_pages = stats.data_pages;
+  report.zero_pages = stats.zero_pages;
+  report.untouched_pages = stats.untouched_pages;
+  report.vmstate_bytes = stats.stream_bytes;
+  report.copied_bytes = stats.copied_bytes;
+  report.io_engine = writer.backend().name() + (writer.backend().direct() ? " direct" : "");
+}
 
 /// The guest stands and the images are ours until this returns.
 Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> device_bytes) {
@@ -216,13 +153,17 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   QV_ASSIGN(const auto sections, vmstate::split_device_sections(device_bytes));
   QV_ASSIGN(const uint64_t clock_nanos, vmstate::vm_clock_nanos(sections));
   // Looked up again: memory may have been plugged since.
-  QV_ASSIGN(Ram ram, open_ram(context.vm, context.seat));
+  QV_ASSIGN(std::vector<GuestRam> ram,
+            open_ram(context.vm, context.seat, std::max(1U, context.channels)));
 
+  std::vector<io::BufferPool> pools;
   io::OpenOptions open_options;
   open_options.direct = options.direct;
   open_options.engine = options.engine;
   open_options.depth = options.depth;
-  QV_ASSIGN(OwnedImages owned, OwnedImages::open(context.vm.disks, open_options));
+  QV_ASSIGN(OwnedImages owned,
+            OwnedImages::open(context.vm.disks, open_options,
+                              {context.vmstate_disk, context.channels, channel_depth}));
   const std::vector<qcow2::Image *> &images = owned.images();
   if (qcow2::needs_recovery(images)) {
     QV_ASSIGN(const std::vector<std::string> done, qcow2::recover_set(images));
@@ -251,27 +192,37 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
     }
     return tl::unexpected(std::move(error));
   };
-  uint64_t ram_bytes = 0;
-  for (const vmstate::RamBlock &block : ram.source->blocks()) {
-    ram_bytes += block.used_bytes;
+  qcow2::VmstateArea &area = transaction->vmstate();
+  if (context.channels == 0) {
+    transaction->expect_stream_bytes(
+        stream_bytes_max(context.ram.touched_bytes, context.ram.total_bytes) + device_bytes.size());
+  } else {
+    area.expect_fixed_bytes(context.ram.touched_bytes);
   }
-  transaction->expect_stream_bytes(stream_bytes_max(context.touched_bytes, ram_bytes) +
-                                   device_bytes.size());
   io::File &file = owned.file(context.vmstate_disk);
-  file.backend().register_buffers(context.pool.memory());
-  Pace pace(context.observer, options.rate_limit_bytes_per_second, ram_bytes, context.begin);
-  vmstate::StreamStats stats;
-  {
-    io::StreamBuffer stream(file, context.pool, transaction->vmstate(),
-                            [&](uint64_t bytes) { return pace.flushed(bytes); });
-    auto written = vmstate::write_legacy_stream(
-        stream,
-        {context.machine.type, context.machine.target_page_bits, context.machine.page_bytes},
-        *ram.source, sections, [&](uint64_t bytes) { return pace.ram_done(bytes); });
-    if (!written) {
-      return undo(with_context(written.error(), describe(context.vm.disks[context.vmstate_disk])));
+  StateTarget target = {&file, {}, &area, &area, 0, !options.sparse_bitmap};
+  auto written_bytes = [&] {
+    uint64_t bytes = file.bytes_written();
+    for (const auto &channel : owned.channels()) {
+      bytes += channel->bytes_written();
     }
-    stats = *written;
+    return bytes;
+  };
+  for (const auto &channel : owned.channels()) {
+    target.channels.push_back(channel.get());
+  }
+  const uint64_t bytes_before = written_bytes();
+  auto written = write_state(target, context.machine, ram, pools, sections, options,
+                             context.observer, context.begin);
+  if (!written) {
+    return undo(with_context(written.error(), describe(context.vm.disks[context.vmstate_disk])));
+  }
+  const vmstate::StreamStats stats = *written;
+  const uint64_t state_bytes = written_bytes() - bytes_before;
+  if (context.channels != 0) {
+    if (auto finished = area.finish_fixed(stats.stream_bytes); !finished) {
+      return undo(finished.error());
+    }
   }
   if (auto synced = file.sync(); !synced) {
     return undo(synced.error());
@@ -280,25 +231,18 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   if (auto proceed = check_cancelled(context.observer); !proceed) {
     return undo(proceed.error());
   }
-  Progress progress = {"committing", ram_bytes, ram_bytes, file.bytes_written(),
-                       seconds_between(context.begin, Clock::now())};
-  report_progress(context.observer, progress);
+  report_progress(context.observer,
+                  {"committing", stats.ram_bytes, stats.ram_bytes, written_bytes(),
+                   seconds_between(context.begin, Clock::now())});
   QV_TRY(transaction->commit(stats.stream_bytes));
 
-  report.ram_bytes = stats.ram_bytes;
-  report.data_pages = stats.data_pages;
-  report.zero_pages = stats.zero_pages;
-  report.untouched_pages = stats.untouched_pages;
-  report.vmstate_bytes = stats.stream_bytes;
-  report.copied_bytes = stats.copied_bytes;
-  report.io_engine = file.backend().name() + (file.backend().direct() ? " direct" : "");
+  report_stats(stats, target.channels.empty() ? file : *target.channels.front(), report);
   for (size_t i = 0; i < images.size(); ++i) {
     const bool has_vmstate = i == context.vmstate_disk;
-    const uint64_t written = owned.file(i).bytes_written();
-    report.written_bytes += written;
+    const uint64_t bytes = has_vmstate ? written_bytes() : owned.file(i).bytes_written();
+    report.written_bytes += bytes;
     report.disks.push_back({context.vm.disks[i].node, context.vm.disks[i].file, transaction->id(i),
-                            has_vmstate,
-                            written - std::min(written, has_vmstate ? stats.stream_bytes : 0)});
+                            has_vmstate, bytes - (has_vmstate ? state_bytes : 0)});
   }
   return {};
 }
@@ -306,14 +250,14 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
 /// Runs `work` on images that are ours, between stop and give back, under the guardian.
 /// The first error is the one reported; a failed give back is added to it.
 Result<double> while_stopped(LiveVm &vm, const Observer &observer, const std::string &what,
-                             Seat seat, Clock::time_point begin,
+                             Seat seat, HandoverKind kind, Clock::time_point begin,
                              const std::function<Result<void>(std::span<const std::byte>)> &work) {
   std::optional<Guardian> guardian;
   if (seat == Seat::attached) {
     QV_ASSIGN(Guardian started, Guardian::start(*vm.qmp, vm.qmp_path, vm.disks, vm.running));
     guardian.emplace(std::move(started));
   }
-  Handover handover(*vm.qmp, vm.disks, vm.running);
+  Handover handover(*vm.qmp, vm.disks, vm.running, kind);
   QV_TRY(handover.mark(what));
   QV_TRY(check_cancelled(observer));
   const auto stop_begin = Clock::now();
@@ -350,33 +294,43 @@ void ignore_size_limit_signal() {
 Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
                         const Observer &observer, Seat seat) {
   const auto begin = Clock::now();
+  const bool mapped_ram = options.layout == SaveLayout::mapped_ram;
   SaveReport report;
   report.name = options.name;
   report.source = seat == Seat::plugin ? "plugin" : "attach";
+  report.layout = mapped_ram ? "mapped-ram" : "legacy";
   report_progress(observer, {"looking", 0, 0, 0, 0});
   QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
   QV_TRY(check_seat(vm, seat));
   QV_TRY(look_at(vm));
-  QV_ASSIGN(const Machine machine, check_machine(*vm.qmp, vm.pid));
+  QV_ASSIGN(const Machine machine,
+            check_machine(*vm.qmp, vm.pid,
+                          mapped_ram ? Purpose::mapped_ram_snapshot : Purpose::legacy_snapshot));
   report.machine_type = machine.type;
   report.qemu_version = vm.qmp->version();
   report.was_running = vm.running;
+  if (mapped_ram && !vm.qmp->is_at_least(10, 2)) {
+    report.warnings.push_back("QEMU " + report.qemu_version +
+                              " cannot load a snapshot in the mapped-ram layout; 10.2 or later "
+                              "can, with the migration capability mapped-ram");
+  }
   QV_ASSIGN(const size_t vmstate_disk,
             choose_vmstate_disk(vm, options.vmstate_node, report.warnings));
-  QV_ASSIGN(const uint64_t touched_bytes,
-            check_before_stop(vm, options, vmstate_disk, seat, report));
+  QV_ASSIGN(const RamEstimate ram, check_before_stop(vm, options, vmstate_disk, seat, report));
   if (observer.warning) {
     for (const std::string &warning : report.warnings) {
       observer.warning(warning);
     }
   }
-  QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(options.buffers));
-  SaveContext context = {vm,   options, observer, machine,       vmstate_disk,
-                         seat, begin,   pool,     touched_bytes, report};
-  QV_ASSIGN(report.pause_seconds, while_stopped(vm, observer, options.name, seat, begin,
-                                                [&](std::span<const std::byte> device_bytes) {
-                                                  return write_snapshot(context, device_bytes);
-                                                }));
+  const unsigned channels = channels_for(options, ram.total_bytes);
+  report.channels = std::max(1U, channels);
+  SaveContext context = {vm,   options, observer, machine,  vmstate_disk,
+                         seat, begin,   ram,      channels, report};
+  QV_ASSIGN(report.pause_seconds,
+            while_stopped(vm, observer, options.name, seat, HandoverKind::images, begin,
+                          [&](std::span<const std::byte> device_bytes) {
+                            return write_snapshot(context, device_bytes);
+                          }));
   report.total_seconds = seconds_between(begin, Clock::now());
   return report;
 }
@@ -389,7 +343,7 @@ Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::str
   QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
   QV_TRY(check_seat(vm, seat));
   QV_TRY(look_at(vm));
-  QV_TRY(check_machine(*vm.qmp, vm.pid));
+  QV_TRY(check_machine(*vm.qmp, vm.pid, Purpose::deletion));
   {
     QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks));
     bool found = qcow2::needs_recovery(watched.images());
@@ -421,7 +375,8 @@ Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::str
     }
     return {};
   };
-  QV_ASSIGN(report.pause_seconds, while_stopped(vm, observer, "delete " + name, seat, begin, work));
+  QV_ASSIGN(report.pause_seconds,
+            while_stopped(vm, observer, "delete " + name, seat, HandoverKind::images, begin, work));
   return report;
 }
 

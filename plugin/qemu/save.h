@@ -2,18 +2,12 @@
 // RAM comes from and in the guardian.
 #pragma once
 
-#include <functional>
-#include <memory>
 #include <string>
 
-#include "plugin/qemu/memory_map.h"
+#include "plugin/qemu/guest_ram.h"
 #include "plugin/qemu/operations.h"
-#include "plugin/qemu/qmp.h"
-#include "vmstate/ram_source.h"
 
 namespace qvmstate::qemu {
-
-enum class Seat { plugin, attached };
 
 /// `seat` plugin: this process is the QEMU at the other end of `qmp_path`.
 Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,

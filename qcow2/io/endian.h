@@ -44,6 +44,12 @@ void store_be(void *bytes, T value) {
 }
 
 template <std::unsigned_integral T>
+void store_le(void *bytes, T value) {
+  value = std::endian::native == std::endian::little ? value : byte_swap(value);
+  std::memcpy(bytes, &value, sizeof value);
+}
+
+template <std::unsigned_integral T>
 class BigEndian {
  public:
   BigEndian() = default;

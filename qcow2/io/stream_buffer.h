@@ -16,26 +16,10 @@
 #include "qcow2/io/buffer_pool.h"
 #include "qcow2/io/file.h"
 #include "qcow2/io/offsets.h"
+#include "qcow2/io/placement.h"
 #include "qcow2/io/result.h"
 
 namespace qvmstate::io {
-
-struct HostRun {
-  HostOffset offset;
-  uint64_t bytes = 0;
-};
-
-/// Says where the next bytes of a stream lie in the file.
-class Placement {
- public:
-  virtual ~Placement() = default;
-  /// The place of stream bytes [from, from + bytes); runs in order, their sizes add up to `bytes`.
-  /// Called with ascending, adjacent ranges.
-  virtual Result<void> place(StreamOffset from, uint64_t bytes, std::vector<HostRun> &runs) = 0;
-  /// The last buffer is padded with zeros to a multiple of this (a divisor of the buffer size, at
-  /// least the O_DIRECT alignment), and place() is asked for the padded length.
-  virtual uint64_t unit_bytes() const = 0;
-};
 
 /// Called after each flushed buffer with the bytes flushed so far; an error (cancelled) stops the
 /// stream. May sleep to keep to a rate.

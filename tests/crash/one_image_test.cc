@@ -11,7 +11,16 @@
 namespace qvmstate::qcow2::test {
 namespace {
 
-enum class Action { save, replace, remove, rename, cancelled_save, remove_then_save };
+enum class Action {
+  save,
+  replace,
+  remove,
+  rename,
+  cancelled_save,
+  remove_then_save,
+  fixed_save,              // as mapped-ram is written: at fixed offsets, in another order
+  remove_then_fixed_save,  // into clusters that were used before
+};
 
 struct Case {
   PreparedKind kind;
@@ -32,6 +41,10 @@ const char *name_of(Action action) {
       return "cancelled_save";
     case Action::remove_then_save:
       return "delete_then_save";
+    case Action::fixed_save:
+      return "fixed_save";
+    case Action::remove_then_fixed_save:
+      return "delete_then_fixed_save";
   }
   return "?";
 }
@@ -51,8 +64,9 @@ std::vector<Case> cases() {
   }
   std::vector<Case> all;
   for (const PreparedKind &kind : kinds) {
-    for (const Action action : {Action::save, Action::replace, Action::remove, Action::rename,
-                                Action::cancelled_save, Action::remove_then_save}) {
+    for (const Action action :
+         {Action::save, Action::replace, Action::remove, Action::rename, Action::cancelled_save,
+          Action::remove_then_save, Action::fixed_save, Action::remove_then_fixed_save}) {
       all.push_back({kind, action});
     }
   }
@@ -65,6 +79,15 @@ const Bytes &old_stream() {
 }
 const Bytes &new_stream() {
   static const Bytes bytes = seeded_bytes(300 * kib + 5, 12);
+  return bytes;
+}
+/// With zeros that are worth a cluster of their own.
+const Bytes &fixed_stream() {
+  static const Bytes bytes = [] {
+    Bytes all = seeded_bytes(300 * kib + 5, 13);
+    std::fill(all.begin() + 70 * kib, all.begin() + 200 * kib, std::byte{0});
+    return all;
+  }();
   return bytes;
 }
 constexpr uint32_t new_date = 1700001111;
@@ -84,8 +107,9 @@ void prepare(const std::string &path, const PreparedKind &kind) {
   write_generation(path, kind, 2);
 }
 
-SnapshotView fresh_snapshot(const ImageView &before, const std::string &id) {
-  return {before.active, new_stream(), id, new_date};
+SnapshotView fresh_snapshot(const ImageView &before, const std::string &id,
+                            const Bytes &stream = new_stream()) {
+  return {before.active, stream, id, new_date};
 }
 
 // The states the action goes through, each from what the action is meant to do.
@@ -112,6 +136,14 @@ std::vector<ImageView> states(Action action, const ImageView &before) {
       after.snapshots.erase("victim");
       all.push_back(after);
       after.snapshots["fresh"] = fresh_snapshot(before, "2");
+      break;
+    case Action::fixed_save:
+      after.snapshots["fresh"] = fresh_snapshot(before, "3", fixed_stream());
+      break;
+    case Action::remove_then_fixed_save:
+      after.snapshots.erase("victim");
+      all.push_back(after);
+      after.snapshots["fresh"] = fresh_snapshot(before, "2", fixed_stream());
       break;
   }
   all.push_back(after);
@@ -143,6 +175,14 @@ Result<void> perform(Action action, Image &image) {
     case Action::remove_then_save:
       QV_TRY(remove(image, "victim", true));
       return save(image, "fresh", new_stream(), options);
+    case Action::fixed_save:
+      options.fixed = true;
+      return save(image, "fresh", fixed_stream(), options);
+    case Action::remove_then_fixed_save:
+      options.fixed = true;
+      // Without giving its space back: the clusters hold the old bytes when they are taken.
+      QV_TRY(remove(image, "victim", false));
+      return save(image, "fresh", fixed_stream(), options);
   }
   return {};
 }

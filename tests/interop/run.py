@@ -115,6 +115,8 @@ def main():
     result = Result()
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ignored in what a shell starts in the background; what is started here would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         unittest.TestSuite(tests).run(result)
     except KeyboardInterrupt:

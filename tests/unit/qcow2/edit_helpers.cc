@@ -115,6 +115,37 @@ Result<void> write_stream(io::File &file, io::Placement &placement,
   return buffer.finish();
 }
 
+Result<void> write_fixed_stream(io::File &file, VmstateArea &area,
+                                std::span<const std::byte> stream) {
+  constexpr uint64_t page_bytes = 4096;
+  constexpr uint64_t part_bytes = 1 * mib;
+  const Bytes zeros(page_bytes);
+  for (uint64_t part = divide_up(stream.size(), part_bytes); part-- > 0;) {
+    const uint64_t end = std::min<uint64_t>(stream.size(), (part + 1) * part_bytes);
+    std::vector<io::StreamRange> ranges;
+    for (uint64_t at = part * part_bytes; at < end; at += page_bytes) {
+      const uint64_t bytes = std::min(page_bytes, end - at);
+      if (std::memcmp(&stream[at], zeros.data(), bytes) == 0) {
+        continue;
+      }
+      if (!ranges.empty() && ranges.back().from.value + ranges.back().bytes == at) {
+        ranges.back().bytes += bytes;
+      } else {
+        ranges.push_back({StreamOffset(at), bytes});
+      }
+    }
+    std::vector<io::HostRun> runs;
+    QV_TRY(area.place_at(ranges, runs));
+    auto run = runs.begin();
+    for (const io::StreamRange &range : ranges) {
+      for (uint64_t done = 0; done < range.bytes; done += run++->bytes) {
+        QV_TRY(file.write_at(stream.subspan(range.from.value + done, run->bytes), run->offset));
+      }
+    }
+  }
+  return area.finish_fixed(stream.size());
+}
+
 Result<void> save(Image &image, const std::string &name, std::span<const std::byte> stream,
                   const SaveOptions &options) {
   NewSnapshot snapshot;
@@ -130,7 +161,9 @@ Result<void> save(Image &image, const std::string &name, std::span<const std::by
   QV_TRY(edit->add_snapshot(snapshot));
   if (!stream.empty()) {
     edit->expect_stream_bytes(stream.size());
-    QV_TRY(write_stream(image.file(), edit->vmstate(), stream, options.buffer_bytes));
+    QV_TRY(options.fixed
+               ? write_fixed_stream(image.file(), edit->vmstate(), stream)
+               : write_stream(image.file(), edit->vmstate(), stream, options.buffer_bytes));
   }
   return edit->commit(stream.size());
 }

@@ -45,8 +45,13 @@ std::unique_ptr<io::File> open_writable(const std::string &path,
 Result<void> write_stream(io::File &file, io::Placement &placement,
                           std::span<const std::byte> stream, size_t buffer_bytes = 1 * mib);
 
+/// Writes the pages of `stream` that are not zero to fixed places, the last 1 MiB of it first.
+Result<void> write_fixed_stream(io::File &file, VmstateArea &area,
+                                std::span<const std::byte> stream);
+
 struct SaveOptions {
   bool replace = false;
+  bool fixed = false;  ///< write_fixed_stream instead of write_stream
   uint32_t date_seconds = 1700000000;
   size_t buffer_bytes = 1 * mib;
 };

@@ -7,9 +7,11 @@
 #include <gtest/gtest.h>
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 
 #include "edit_helpers.h"
@@ -389,6 +391,149 @@ TEST_P(RoundTrip, SavedReadUsedByQemuReplacedAndDeleted) {
     EXPECT_TRUE(converted(path, snapshot) == disks.at(snapshot)) << snapshot;
   }
 }
+
+// The same images, the stream at fixed offsets with zeros between.
+Bytes stream_with_zeros() {
+  Bytes stream = seeded_bytes(5 * mib + 4096 * 3, 21);
+  std::fill(stream.begin() + 1 * mib + 200 * kib, stream.begin() + 4 * mib, std::byte{0});
+  return stream;
+}
+
+/// libqcow does not know the zero flag, so only pages that hold data are compared.
+void expect_data_pages(const Bytes &theirs, const Bytes &stream) {
+  ASSERT_EQ(theirs.size(), stream.size());
+  const Bytes zeros(4096);
+  size_t compared = 0;
+  for (size_t at = 0; at < stream.size(); at += zeros.size()) {
+    if (std::memcmp(&stream[at], zeros.data(), zeros.size()) != 0) {
+      ASSERT_EQ(std::memcmp(&theirs[at], &stream[at], zeros.size()), 0) << "at byte " << at;
+      ++compared;
+    }
+  }
+  EXPECT_GT(compared, 300U);
+}
+
+void expect_fixed_vmstate(const std::string &path, const std::string &name, const Bytes &stream,
+                          bool for_libqcow) {
+  Opened opened(path);
+  const auto ours = vmstate_of(*opened, name);
+  ASSERT_TRUE(ours) << ours.error().message;
+  EXPECT_TRUE(*ours == stream) << "our reader, " << name;
+  // No cluster of the stream lets a backing file show through.
+  const Snapshot &snapshot =
+      opened->snapshots().at(static_cast<size_t>(find_snapshot(opened->snapshots(), name)));
+  VmstateReader reader(*opened, snapshot);
+  uint64_t zero_bytes = 0;
+  for (uint64_t at = 0; at < stream.size();) {
+    const auto extent = reader.extent_at(StreamOffset(at));
+    ASSERT_TRUE(extent) << extent.error().message;
+    EXPECT_NE(extent->kind, ClusterKind::unallocated) << "at byte " << at;
+    zero_bytes += extent->kind == ClusterKind::zero ? extent->bytes : 0;
+    at += extent->bytes;
+  }
+  if (opened->header().version < 3) {
+    EXPECT_EQ(zero_bytes, 0U);
+  } else {
+    EXPECT_GE(zero_bytes, opened->geometry().cluster_bytes() == 2 * mib ? 0 : 2 * mib);
+  }
+  if (for_libqcow) {
+    const auto theirs = libqcow_vmstate(path, *opened, name);
+    ASSERT_TRUE(theirs) << theirs.error().message;
+    expect_data_pages(*theirs, stream);
+  }
+}
+
+/// The placement does not depend on the other kinds, which the round trip above tries.
+std::vector<ImageKind> fixed_kinds() {
+  std::vector<ImageKind> kinds = all_kinds();
+  std::erase_if(kinds, [](const ImageKind &kind) {
+    return kind.content == Content::qemu_savevm || kind.refcount_bits < 8;
+  });
+  return kinds;
+}
+
+class RoundTripFixed : public RoundTrip {};
+
+TEST_P(RoundTripFixed, WrittenInAnyOrder) {
+  const ImageKind kind = GetParam();
+  if (!have_qemu_img()) {
+    GTEST_SKIP() << "qemu-img is not installed";
+  }
+  ScratchFolder scratch;
+  const std::string path = scratch.path("disk.qcow2");
+  make_image(kind, path, scratch);
+  const Bytes disk = converted(path);
+  const Bytes stream = stream_with_zeros();
+  {
+    Opened opened(path);
+    ASSERT_OK(save(*opened, "first", stream, {.fixed = true}));
+  }
+  EXPECT_CLEAN(path);
+  expect_fixed_vmstate(path, "first", stream, true);
+  // Into clusters that were used before, whose old bytes must not show.
+  {
+    Opened opened(path);
+    ASSERT_OK(save(*opened, "other", seeded_bytes(6 * mib, 5), {}));
+    ASSERT_OK(remove(*opened, "other"));
+    ASSERT_OK(save(*opened, "second", stream, {.fixed = true}));
+  }
+  EXPECT_CLEAN(path);
+  expect_fixed_vmstate(path, "second", stream, true);
+  {
+    Opened opened(path);
+    ASSERT_OK(remove(*opened, "first"));
+  }
+  EXPECT_CLEAN(path);
+  expect_fixed_vmstate(path, "second", stream, true);
+  EXPECT_TRUE(converted(path) == disk);
+}
+
+TEST(RoundTripZeros, ExtendedL2Entries) {
+  if (!have_qemu_img()) {
+    GTEST_SKIP() << "qemu-img is not installed";
+  }
+  ScratchFolder scratch;
+  const std::string path = scratch.path("disk.qcow2");
+  must(qemu_img({"create", "-q", "-f", "qcow2", "-o", "extended_l2=on", path, "6M"}));
+  must(qemu_io(path, {"write -P 17 0 64k", "write -P 18 1M 6k"}));
+  const Bytes stream = stream_with_zeros();
+  {
+    Opened opened(path);
+    ASSERT_OK(save(*opened, "first", stream, {.fixed = true}));
+  }
+  EXPECT_CLEAN(path);
+  expect_fixed_vmstate(path, "first", stream, false);
+}
+
+TEST(RoundTripZeros, ZerosTakeNoSpace) {
+  if (!have_qemu_img()) {
+    GTEST_SKIP() << "qemu-img is not installed";
+  }
+  ScratchFolder scratch;
+  for (const char *compat : {"0.10", "1.1"}) {
+    const std::string path = scratch.path("disk.qcow2");
+    must(qemu_img(
+        {"create", "-q", "-f", "qcow2", "-o", "compat=" + std::string(compat), path, "6M"}));
+    // One page in ten, so that nearly every cluster has one.
+    Bytes stream(40 * mib);
+    const Bytes page = seeded_bytes(3 * 4096, 4);
+    for (size_t at = 0; at < stream.size(); at += 10 * 4096) {
+      std::copy_n(page.begin(), 4096, stream.begin() + static_cast<ptrdiff_t>(at));
+    }
+    {
+      Opened opened(path);
+      ASSERT_OK(save(*opened, "sparse", stream, {.fixed = true}));
+    }
+    EXPECT_CLEAN(path);
+    expect_fixed_vmstate(path, "sparse", stream, false);
+    struct stat status = {};
+    ASSERT_EQ(::stat(path.c_str(), &status), 0);
+    EXPECT_LT(static_cast<uint64_t>(status.st_blocks) * 512, 6 * mib);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Images, RoundTripFixed, testing::ValuesIn(fixed_kinds()),
+                         [](const auto &info) { return kind_name(info.param); });
 
 INSTANTIATE_TEST_SUITE_P(Images, RoundTrip, testing::ValuesIn(all_kinds()),
                          [](const auto &info) { return kind_name(info.param); });

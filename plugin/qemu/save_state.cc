@@ -1,0 +1,158 @@
+#include "plugin/qemu/save_state.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <optional>
+#include <thread>
+
+#include "qcow2/io/stream_buffer.h"
+#include "vmstate/legacy_writer.h"
+#include "vmstate/mapped_ram_writer.h"
+
+namespace qvmstate::qemu {
+namespace {
+
+constexpr milliseconds progress_interval{50};
+constexpr milliseconds rate_slice{50};
+// One thread fills about 2 GiB/s through process_vm_readv; four do for the fastest disks.
+constexpr unsigned channels_default_max = 4;
+constexpr uint64_t ram_bytes_per_channel_min = 64 * mib;
+
+double seconds_between(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
+
+/// Follows the stream: progress, cancelling, rate.
+class Pace {
+ public:
+  Pace(const Observer &observer, uint64_t rate_bytes_per_second, uint64_t ram_bytes,
+       Clock::time_point begin)
+      : observer_(observer), rate_(rate_bytes_per_second), begin_(begin) {
+    progress_.phase = "writing";
+    progress_.ram_bytes_total = ram_bytes;
+  }
+
+  Result<void> ram_done(uint64_t bytes) {
+    progress_.ram_bytes_done = bytes;
+    return tell();
+  }
+  Result<void> flushed(uint64_t bytes) {
+    progress_.bytes_written = bytes;
+    QV_TRY(tell());
+    if (rate_ == 0) {
+      return {};
+    }
+    if (!rate_begin_) {
+      rate_begin_ = Clock::now();
+    }
+    const auto due =
+        *rate_begin_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(
+                           static_cast<double>(bytes) / static_cast<double>(rate_)));
+    while (Clock::now() < due) {
+      std::this_thread::sleep_for(std::min<Clock::duration>(due - Clock::now(), rate_slice));
+      QV_TRY(tell());
+    }
+    return {};
+  }
+
+ private:
+  Result<void> tell() {
+    QV_TRY(check_cancelled(observer_));
+    const auto now = Clock::now();
+    if (now - told_ >= progress_interval) {
+      told_ = now;
+      progress_.seconds = seconds_between(begin_, now);
+      report_progress(observer_, progress_);
+    }
+    return {};
+  }
+
+  const Observer &observer_;
+  uint64_t rate_;
+  Clock::time_point begin_;
+  std::optional<Clock::time_point> rate_begin_;
+  Clock::time_point told_{};
+  Progress progress_;
+};
+
+Result<vmstate::StreamStats> write_legacy(const StateTarget &target,
+                                          const vmstate::StreamConfiguration &configuration,
+                                          std::vector<GuestRam> &ram,
+                                          std::vector<io::BufferPool> &pools,
+                                          std::span<const vmstate::DeviceSection> devices,
+                                          const SaveOptions &options, Pace &pace) {
+  QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(options.buffers));
+  pools.push_back(std::move(pool));
+  target.file->backend().register_buffers(pools.back().memory());
+  io::StreamBuffer stream(*target.file, pools.back(), *target.sequential,
+                          [&](uint64_t bytes) { return pace.flushed(bytes); });
+  return vmstate::write_legacy_stream(stream, configuration, *ram.front().source, devices,
+                                      [&](uint64_t bytes) { return pace.ram_done(bytes); });
+}
+
+Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
+                                              const vmstate::StreamConfiguration &configuration,
+                                              std::vector<GuestRam> &ram,
+                                              std::vector<io::BufferPool> &pools,
+                                              std::span<const vmstate::DeviceSection> devices,
+                                              const SaveOptions &options, Pace &pace) {
+  vmstate::MappedRamOptions mapped;
+  mapped.start_bytes = target.start_bytes;
+  mapped.all_pages_present = target.all_pages_present;
+  mapped.depth = channel_depth;
+  QV_ASSIGN(auto writer, vmstate::MappedRamWriter::plan(configuration, ram.front().source->blocks(),
+                                                        devices, mapped));
+  const size_t count = target.channels.size();
+  const size_t buffers = std::max<size_t>(io::buffer_count_min, options.buffers / count);
+  std::vector<vmstate::RamChannel> channels;
+  for (size_t i = 0; i < count; ++i) {
+    QV_ASSIGN(
+        io::BufferPool pool,
+        io::BufferPool::create(buffers, vmstate::MappedRamWriter::chunk_bytes(*target.fixed)));
+    pools.push_back(std::move(pool));
+  }
+  for (size_t i = 0; i < count; ++i) {
+    target.channels[i]->backend().register_buffers(pools[i].memory());
+    channels.push_back({target.channels[i], ram[i].source.get(), &pools[i]});
+  }
+  auto follow = [&](uint64_t ram_bytes, uint64_t queued_bytes) -> Result<void> {
+    QV_TRY(pace.ram_done(ram_bytes));
+    return pace.flushed(queued_bytes);
+  };
+  QV_TRY(writer.write_pages(channels, *target.fixed, follow));
+  return writer.finish(*target.file, *target.fixed);
+}
+
+}  // namespace
+
+unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes) {
+  if (options.layout != SaveLayout::mapped_ram) {
+    return 0;
+  }
+  if (options.channels != 0) {
+    return options.channels;
+  }
+  cpu_set_t cpus;
+  const int count = ::sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
+  const uint64_t of_use = std::max<uint64_t>(1, ram_bytes / ram_bytes_per_channel_min);
+  return static_cast<unsigned>(
+      std::min<uint64_t>(of_use, std::clamp<unsigned>(count, 1, channels_default_max)));
+}
+
+Result<vmstate::StreamStats> write_state(const StateTarget &target, const Machine &machine,
+                                         std::vector<GuestRam> &ram,
+                                         std::vector<io::BufferPool> &pools,
+                                         std::span<const vmstate::DeviceSection> devices,
+                                         const SaveOptions &options, const Observer &observer,
+                                         Clock::time_point begin) {
+  const vmstate::StreamConfiguration configuration = {machine.type, machine.target_page_bits,
+                                                      machine.page_bytes};
+  Pace pace(observer, options.rate_limit_bytes_per_second,
+            vmstate::total_bytes(ram.front().source->blocks()), begin);
+  return target.channels.empty()
+             ? write_legacy(target, configuration, ram, pools, devices, options, pace)
+             : write_mapped_ram(target, configuration, ram, pools, devices, options, pace);
+}
+
+}  // namespace qvmstate::qemu

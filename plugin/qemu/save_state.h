@@ -1,0 +1,47 @@
+// The state of a stopped VM, written to wherever it goes, in the layout that was asked for.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "plugin/qemu/guest_ram.h"
+#include "plugin/qemu/operations.h"
+#include "plugin/qemu/preflight.h"
+#include "plugin/qemu/qmp.h"
+#include "qcow2/io/buffer_pool.h"
+#include "qcow2/io/file.h"
+#include "qcow2/io/placement.h"
+#include "vmstate/device_sections.h"
+#include "vmstate/stream_parts.h"
+
+namespace qvmstate::qemu {
+
+/// Of each channel: small writes between zero pages need many at a time.
+constexpr unsigned channel_depth = 32;
+
+/// Threads that write RAM: as the user said, or as many as the CPUs and the RAM are good for; 0 for
+/// the legacy layout, which has one writer.
+unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes);
+
+struct StateTarget {
+  io::File *file = nullptr;             ///< for all but the channels
+  std::vector<io::File *> channels;     ///< none: the legacy layout
+  io::Placement *sequential = nullptr;  ///< for the legacy layout
+  io::FixedPlacement *fixed = nullptr;  ///< for mapped-ram
+  uint64_t start_bytes = 0;             ///< of the stream in a plain file
+  bool all_pages_present = false;       ///< see MappedRamOptions
+};
+
+/// Returns what was written once it all is; nothing is in flight then, nor after an error. RAM is
+/// one source for each channel, or one. `pools` gets the buffers, which must outlive the files.
+Result<vmstate::StreamStats> write_state(const StateTarget &target, const Machine &machine,
+                                         std::vector<GuestRam> &ram,
+                                         std::vector<io::BufferPool> &pools,
+                                         std::span<const vmstate::DeviceSection> devices,
+                                         const SaveOptions &options, const Observer &observer,
+                                         Clock::time_point begin);
+
+}  // namespace qvmstate::qemu

@@ -1,0 +1,435 @@
+#include "vmstate/mapped_ram_writer.h"
+
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <mutex>
+#include <optional>
+#include <system_error>
+#include <thread>
+
+#include "vmstate/page_scan.h"
+#include "vmstate/stream_format.h"
+
+namespace qvmstate::vmstate {
+namespace {
+
+constexpr uint64_t chunk_bytes_min = 1 * mib;
+constexpr uint64_t no_buffer_cookie = UINT64_MAX;  // of transfers straight from guest memory
+
+uint64_t words_for(uint64_t pages) {
+  return divide_up(pages, 64);
+}
+
+}  // namespace
+
+Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configuration,
+                                              std::span<const RamBlock> blocks,
+                                              std::span<const DeviceSection> devices,
+                                              const MappedRamOptions &options) {
+  QV_TRY(check_stream_arguments(configuration, blocks));
+  MappedRamWriter writer;
+  writer.configuration_ = configuration;
+  writer.options_ = options;
+  writer.devices_ = devices;
+  writer.stats_.ram_bytes = total_bytes(blocks);
+  constexpr std::string_view capabilities[] = {mapped_ram_capability};
+  add_stream_head(writer.head_, configuration, capabilities, devices);
+  add_ram_start(writer.head_, writer.stats_.ram_bytes);
+  uint64_t at = options.start_bytes + writer.head_.span().size();
+  for (const RamBlock &ram : blocks) {
+    Block block;
+    block.ram = ram;
+    block.present.resize(words_for(ram.used_bytes / configuration.page_bytes));
+    block.header_offset = at;
+    block.bitmap_offset = at + 1 + ram.idstr.size() + 8 + mapped_ram_header_bytes;
+    block.pages_offset =
+        round_up(block.bitmap_offset + block.present.size() * 8, mapped_ram_alignment_bytes);
+    at = block.pages_offset + ram.used_bytes;
+    writer.blocks_.push_back(std::move(block));
+  }
+  add_ram_body_end(writer.tail_);
+  add_ram_continuation(writer.tail_, section_end);
+  add_ram_body_end(writer.tail_);
+  add_stream_tail(writer.tail_, configuration, devices);
+  writer.tail_offset_ = at;
+  writer.end_bytes_ = at + writer.tail_.span().size();
+  return writer;
+}
+
+uint64_t MappedRamWriter::chunk_bytes(const io::FixedPlacement &placement) {
+  return std::max(chunk_bytes_min, placement.place_unit_bytes());
+}
+
+/// What the channels of one write_pages() share.
+class MappedRamWriter::Round {
+ public:
+  Round(MappedRamWriter &writer, io::FixedPlacement &placement, const ChannelHook &hook,
+        const DirtyPages *dirty)
+      : writer_(writer),
+        placement_(placement),
+        hook_(hook),
+        dirty_(dirty),
+        chunk_bytes_(chunk_bytes(placement)),
+        zeros_(dirty == nullptr ? 0 : chunk_bytes_) {
+    for (Block &block : writer.blocks_) {
+      block.first_chunk = chunks_;
+      // Chunks begin where the stream has a multiple of their size, so that they hold whole units.
+      const uint64_t first = block.pages_offset / chunk_bytes_;
+      const uint64_t end = divide_up(block.pages_offset + block.ram.used_bytes, chunk_bytes_);
+      chunks_ += end - first;
+    }
+  }
+
+  struct Chunk {
+    size_t block;
+    uint64_t offset;  ///< in the block
+    uint64_t bytes;
+  };
+  /// The next one to do; none after an error of any channel.
+  std::optional<Chunk> next() {
+    const uint64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+    if (index >= chunks_ || failed_.load(std::memory_order_relaxed)) {
+      return std::nullopt;
+    }
+    const auto after = std::ranges::upper_bound(writer_.blocks_, index, {}, &Block::first_chunk);
+    const Block &block = *std::prev(after);
+    const uint64_t begin =
+        (block.pages_offset / chunk_bytes_ + (index - block.first_chunk)) * chunk_bytes_;
+    const uint64_t from = std::max(begin, block.pages_offset);
+    const uint64_t to = std::min(begin + chunk_bytes_, block.pages_offset + block.ram.used_bytes);
+    return Chunk{static_cast<size_t>(after - writer_.blocks_.begin()) - 1,
+                 from - block.pages_offset, to - from};
+  }
+
+  Result<void> place(std::span<const io::StreamRange> ranges, std::vector<io::HostRun> &runs) {
+    const std::lock_guard lock(placement_mutex_);
+    return placement_.place_at(ranges, runs);
+  }
+
+  Result<void> report(uint64_t ram_bytes, uint64_t queued_bytes) {
+    const std::lock_guard lock(hook_mutex_);
+    ram_bytes_done_ += ram_bytes;
+    queued_bytes_ += queued_bytes;
+    return hook_ ? hook_(ram_bytes_done_, queued_bytes_) : Result<void>{};
+  }
+
+  /// The first one is kept.
+  void fail_with(Error error) {
+    const std::lock_guard lock(hook_mutex_);
+    if (!error_) {
+      error_ = std::move(error);
+      failed_ = true;
+    }
+  }
+  const std::optional<Error> &error() const { return error_; }
+
+  /// Whether this round deals with the page.
+  bool wants(size_t block, uint64_t page) const {
+    return dirty_ == nullptr || ((*dirty_)[block][page / 64] >> page % 64 & 1) != 0;
+  }
+  bool is_first() const { return dirty_ == nullptr; }
+  const std::byte *zeros() const { return zeros_.data(); }
+  MappedRamWriter &writer() { return writer_; }
+
+ private:
+  MappedRamWriter &writer_;
+  io::FixedPlacement &placement_;
+  const ChannelHook &hook_;
+  const DirtyPages *dirty_;
+  const uint64_t chunk_bytes_;
+  const std::vector<std::byte> zeros_;  // written over pages that became zero
+  uint64_t chunks_ = 0;
+  std::atomic<uint64_t> next_ = 0;
+  std::atomic<bool> failed_ = false;
+  std::mutex placement_mutex_;
+  std::mutex hook_mutex_;
+  uint64_t ram_bytes_done_ = 0;
+  uint64_t queued_bytes_ = 0;
+  std::optional<Error> error_;
+};
+
+/// One thread's work: chunk after chunk, several transfers in flight.
+class MappedRamWriter::Channel {
+ public:
+  Channel(Round &round, const RamChannel &channel)
+      : round_(round),
+        file_(*channel.file),
+        source_(*channel.source),
+        pool_(*channel.pool),
+        page_bytes_(round.writer().configuration_.page_bytes),
+        depth_(round.writer().options_.depth) {}
+
+  void run() {
+    auto done = write_chunks();
+    if (!done) {
+      round_.fail_with(std::move(done).error());
+    }
+    // Guest memory and buffers are read until the last transfer ended, also after an error.
+    if (auto drained = file_.drain(); !drained) {
+      round_.fail_with(std::move(drained).error());
+    }
+    for (unsigned i = 0; i < pool_.count(); ++i) {
+      if (pool_.at(i).state != io::BufferState::free) {
+        pool_.give_back(pool_.at(i));
+      }
+    }
+  }
+
+  const StreamStats &stats() const { return stats_; }
+
+ private:
+  /// Pages beside each other that are written from one piece of memory.
+  struct Piece {
+    uint64_t offset;  ///< in the block
+    uint64_t bytes;
+    const std::byte *from;
+  };
+
+  Result<void> write_chunks() {
+    while (const auto chunk = round_.next()) {
+      pieces_.clear();
+      QV_ASSIGN(io::Buffer *const buffer, find_pieces(*chunk));
+      QV_ASSIGN(const uint64_t queued_bytes, write_pieces(*chunk, buffer));
+      QV_TRY(round_.report(chunk->bytes, queued_bytes));
+    }
+    return {};
+  }
+
+  /// Looks at the pages of a chunk and notes what has to be written; the buffer that it was read
+  /// into, or nullptr.
+  Result<io::Buffer *> find_pieces(const Round::Chunk &chunk) {
+    const std::byte *memory = source_.view(chunk.block);
+    io::Buffer *buffer = nullptr;
+    const uint64_t end = chunk.offset + chunk.bytes;
+    for (uint64_t at = chunk.offset; at < end;) {
+      QV_ASSIGN(const RamSource::Presence presence, source_.presence(chunk.block, at));
+      uint64_t bytes = std::min(presence.bytes, end - at);
+      if (bytes == 0) {
+        return fail(ErrorCode::bad_argument, "vmstate stream: RAM block \"" +
+                                                 source_.blocks()[chunk.block].idstr +
+                                                 "\": its source names an empty range");
+      }
+      // A page only part of which is untouched counts as touched.
+      if (presence.touched || bytes < page_bytes_) {
+        bytes = std::min(round_up(bytes, page_bytes_), end - at);
+        if (memory == nullptr) {
+          if (buffer == nullptr) {
+            QV_ASSIGN(buffer, free_buffer());
+          }
+          QV_TRY(source_.read_pages(chunk.block, at, bytes / page_bytes_, page_bytes_,
+                                    buffer->data + (at - chunk.offset), page_bytes_));
+          stats_.copied_bytes += bytes;
+          scan(chunk.block, at, bytes, buffer->data + (at - chunk.offset));
+        } else {
+          scan(chunk.block, at, bytes, memory + at);
+        }
+      } else {
+        bytes = round_down(bytes, page_bytes_);
+        stats_.untouched_pages += bytes / page_bytes_;
+        for (uint64_t page = at / page_bytes_; page < (at + bytes) / page_bytes_; ++page) {
+          note_zero(chunk.block, page);
+        }
+      }
+      at += bytes;
+    }
+    return buffer;
+  }
+
+  void scan(size_t block, uint64_t offset, uint64_t bytes, const std::byte *memory) {
+    for (uint64_t done = 0; done < bytes; done += page_bytes_) {
+      const uint64_t page = (offset + done) / page_bytes_;
+      if (!round_.wants(block, page)) {
+        continue;
+      }
+      if (is_zero(memory + done, page_bytes_)) {
+        note_zero(block, page);
+      } else {
+        note_piece(offset + done, memory + done);
+        word_of(block, page).fetch_or(uint64_t{1} << page % 64, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  /// A zero page is not written; unless an earlier round wrote it with data.
+  void note_zero(size_t block, uint64_t page) {
+    if (round_.is_first() || !round_.wants(block, page)) {
+      return;
+    }
+    const uint64_t bit = uint64_t{1} << page % 64;
+    if ((word_of(block, page).fetch_and(~bit, std::memory_order_relaxed) & bit) != 0) {
+      note_piece(page * page_bytes_, round_.zeros());
+    }
+  }
+
+  void note_piece(uint64_t offset, const std::byte *from) {
+    if (!pieces_.empty()) {
+      Piece &last = pieces_.back();
+      if (last.offset + last.bytes == offset && last.from + last.bytes == from) {
+        last.bytes += page_bytes_;
+        return;
+      }
+    }
+    pieces_.push_back({offset, page_bytes_, from});
+  }
+
+  std::atomic_ref<uint64_t> word_of(size_t block, uint64_t page) {
+    return std::atomic_ref(round_.writer().blocks_[block].present[page / 64]);
+  }
+
+  Result<uint64_t> write_pieces(const Round::Chunk &chunk, io::Buffer *buffer) {
+    uint64_t queued_bytes = 0;
+    if (pieces_.empty()) {
+      if (buffer != nullptr) {
+        pool_.give_back(*buffer);
+      }
+      return queued_bytes;
+    }
+    const uint64_t pages_offset = round_.writer().blocks_[chunk.block].pages_offset;
+    ranges_.clear();
+    for (const Piece &piece : pieces_) {
+      ranges_.push_back({StreamOffset(pages_offset + piece.offset), piece.bytes});
+    }
+    runs_.clear();
+    QV_TRY(round_.place(ranges_, runs_));
+    if (buffer != nullptr) {
+      buffer->used = chunk.bytes;
+      pool_.send_off(*buffer, static_cast<unsigned>(runs_.size()));
+    }
+    auto run = runs_.begin();
+    for (const Piece &piece : pieces_) {
+      for (uint64_t done = 0; done < piece.bytes; done += run->bytes, ++run) {
+        while (file_.pending() >= depth_) {
+          QV_TRY(land_one());
+        }
+        QV_TRY(file_.start_write({piece.from + done, run->bytes}, run->offset,
+                                 buffer == nullptr ? io::no_buffer : buffer->index,
+                                 buffer == nullptr ? no_buffer_cookie : buffer->index));
+        queued_bytes += run->bytes;
+      }
+    }
+    return queued_bytes;
+  }
+
+  Result<void> land_one() {
+    QV_ASSIGN(const uint64_t cookie, file_.wait_any());
+    if (cookie != no_buffer_cookie) {
+      pool_.part_landed(pool_.at(static_cast<unsigned>(cookie)));
+    }
+    return {};
+  }
+
+  Result<io::Buffer *> free_buffer() {
+    io::Buffer *buffer = pool_.take();
+    while (buffer == nullptr) {
+      QV_TRY(land_one());
+      buffer = pool_.take();
+    }
+    return buffer;
+  }
+
+  Round &round_;
+  io::File &file_;
+  RamSource &source_;
+  io::BufferPool &pool_;
+  const uint64_t page_bytes_;
+  const unsigned depth_;
+  StreamStats stats_;
+  std::vector<Piece> pieces_;
+  std::vector<io::StreamRange> ranges_;
+  std::vector<io::HostRun> runs_;
+};
+
+Result<void> MappedRamWriter::write_pages(std::span<const RamChannel> channels,
+                                          io::FixedPlacement &placement, const ChannelHook &hook,
+                                          const DirtyPages *dirty) {
+  Round round(*this, placement, hook, dirty);
+  std::vector<Channel> work;
+  for (const RamChannel &channel : channels) {
+    work.emplace_back(round, channel);
+  }
+  std::vector<std::thread> threads;
+  // Signals belong to the program that we are a guest in; its threads handle them, not ours.
+  sigset_t all;
+  sigset_t before;
+  ::sigfillset(&all);
+  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    for (size_t i = 1; i < work.size(); ++i) {
+      threads.emplace_back([&work, i] { work[i].run(); });
+    }
+  } catch (const std::system_error &error) {
+    round.fail_with({ErrorCode::io, error.code().value(),
+                     std::string("starting a channel's thread: ") + error.what()});
+  }
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  work[0].run();
+  for (std::thread &thread : threads) {
+    thread.join();
+  }
+  for (const Channel &channel : work) {
+    stats_.copied_bytes += channel.stats().copied_bytes;
+    stats_.untouched_pages += channel.stats().untouched_pages;
+  }
+  if (round.error()) {
+    return tl::unexpected(*round.error());
+  }
+  return {};
+}
+
+void MappedRamWriter::add_block_head(StreamPart &part, const Block &block) const {
+  part.add_short_text(block.ram.idstr);
+  part.add(block.ram.used_bytes);
+  part.add(mapped_ram_version);
+  part.add(configuration_.page_bytes);
+  part.add(block.bitmap_offset);
+  part.add(block.pages_offset);
+}
+
+/// As the loader shall see them.
+std::vector<uint64_t> MappedRamWriter::bitmap_words(const Block &block) const {
+  if (!options_.all_pages_present) {
+    return block.present;
+  }
+  std::vector<uint64_t> words(block.present.size(), ~uint64_t{0});
+  if (const uint64_t rest = block.ram.used_bytes / configuration_.page_bytes % 64; rest != 0) {
+    words.back() = (uint64_t{1} << rest) - 1;
+  }
+  return words;
+}
+
+Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &placement) {
+  auto write = [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
+    const io::StreamRange range{StreamOffset(offset), bytes.size()};
+    std::vector<io::HostRun> runs;
+    QV_TRY(placement.place_at(std::span(&range, 1), runs));
+    for (const io::HostRun &run : runs) {
+      QV_TRY(file.write_at(bytes.first(run.bytes), run.offset));
+      bytes = bytes.subspan(run.bytes);
+    }
+    return {};
+  };
+  const uint64_t pages = stats_.ram_bytes / configuration_.page_bytes;
+  for (const Block &block : blocks_) {
+    StreamPart part;
+    add_block_head(part, block);
+    std::vector<std::byte> bytes(part.span().begin(), part.span().end());
+    const std::vector<uint64_t> words = bitmap_words(block);
+    bytes.resize(bytes.size() + words.size() * 8);
+    for (size_t i = 0; i < words.size(); ++i) {
+      store_le(bytes.data() + part.span().size() + i * 8, words[i]);
+      stats_.data_pages += static_cast<uint64_t>(std::popcount(block.present[i]));
+    }
+    QV_TRY(write(block.header_offset, bytes));
+  }
+  QV_TRY(write(options_.start_bytes, head_.span()));
+  QV_TRY(write(tail_offset_, tail_.span()));
+  stats_.zero_pages =
+      pages - stats_.data_pages - std::min(stats_.untouched_pages, pages - stats_.data_pages);
+  stats_.stream_bytes = end_bytes_ - options_.start_bytes;
+  return stats_;
+}
+
+}  // namespace qvmstate::vmstate

@@ -1,0 +1,105 @@
+// Where a page gets its place: the mapped-ram layout, written in parallel.
+//
+// As the legacy stream, but the RAM section's block list holds the RAM itself: after each block's
+// name and length a header, a bitmap of the pages that are there, and at the next multiple of 1 MiB
+// the pages, each at its fixed offset. So they can be written in any order, by several channels,
+// straight from guest memory where this process can address it, and again in a later round.
+// Everything else is written at the end, the bitmaps from what the channels did. QEMU 9.0 loads it
+// from a file, 10.2 as a snapshot.
+//
+// Threads: one at a time; write_pages() starts one for each channel but the first.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "qcow2/io/buffer_pool.h"
+#include "qcow2/io/file.h"
+#include "qcow2/io/placement.h"
+#include "qcow2/io/result.h"
+#include "vmstate/device_sections.h"
+#include "vmstate/ram_source.h"
+#include "vmstate/stream_parts.h"
+
+namespace qvmstate::vmstate {
+
+/// What one thread works with; none of it is shared with another channel. The file's asynchronous
+/// side and the pool belong to the channel while write_pages() runs. The pool is needed for blocks
+/// that the source cannot view(), and its buffers hold chunk_bytes() each.
+struct RamChannel {
+  io::File *file;
+  RamSource *source;
+  io::BufferPool *pool;
+};
+
+struct MappedRamOptions {
+  /// Of the stream in its file: offsets in it count from the start of the file.
+  uint64_t start_bytes = 0;
+  /// The bitmap says that every page is there. For placements where what is not written reads as
+  /// zeros: QEMU 10.2 and 11.1 leave stale pages where a bit is clear, when a VM that is already
+  /// paused loads a snapshot.
+  bool all_pages_present = false;
+  /// Transfers in flight in each channel.
+  unsigned depth = 8;
+};
+
+/// Called by one channel at a time with the RAM bytes dealt with and the bytes given to the file so
+/// far; an error (cancelled) stops all channels. May sleep to keep to a rate.
+using ChannelHook = std::function<Result<void>(uint64_t ram_bytes_done, uint64_t bytes_queued)>;
+
+/// A bit for each page of each block, as DirtyPages[block][page / 64] >> page % 64.
+using DirtyPages = std::vector<std::vector<uint64_t>>;
+
+class MappedRamWriter {
+ public:
+  /// Lays the stream out. `devices` must stay valid until finish().
+  static Result<MappedRamWriter> plan(const StreamConfiguration &configuration,
+                                      std::span<const RamBlock> blocks,
+                                      std::span<const DeviceSection> devices,
+                                      const MappedRamOptions &options);
+
+  /// RAM is dealt with in chunks of this size: a multiple of what the placement likes.
+  static uint64_t chunk_bytes(const io::FixedPlacement &placement);
+  /// Where the stream ends, known from the start.
+  uint64_t end_bytes() const { return end_bytes_; }
+
+  /// Writes all pages that are not zero; or, in a later round, the pages of `dirty`, which
+  /// supersede what was written of them. All sources have the blocks of plan(). When it returns,
+  /// with an error too, nothing is in flight.
+  Result<void> write_pages(std::span<const RamChannel> channels, io::FixedPlacement &placement,
+                           const ChannelHook &hook, const DirtyPages *dirty = nullptr);
+
+  /// Writes all the rest: after the last round, through `file`.
+  Result<StreamStats> finish(io::File &file, io::FixedPlacement &placement);
+
+ private:
+  struct Block {
+    RamBlock ram;
+    uint64_t header_offset = 0;  ///< of its name in the block list
+    uint64_t bitmap_offset = 0;
+    uint64_t pages_offset = 0;
+    uint64_t first_chunk = 0;  ///< of all blocks' chunks
+    std::vector<uint64_t> present;
+  };
+  class Round;
+  class Channel;
+
+  MappedRamWriter() = default;
+  void add_block_head(StreamPart &part, const Block &block) const;
+  std::vector<uint64_t> bitmap_words(const Block &block) const;
+
+  StreamConfiguration configuration_;
+  MappedRamOptions options_;
+  std::span<const DeviceSection> devices_;
+  std::vector<Block> blocks_;
+  StreamPart head_;
+  StreamPart tail_;
+  uint64_t tail_offset_ = 0;
+  uint64_t end_bytes_ = 0;
+  StreamStats stats_;
+};
+
+}  // namespace qvmstate::vmstate
