@@ -19,8 +19,13 @@
 
 namespace qvmstate::qemu {
 
+/// How RAM lies in the vmstate. `automatic`: what suits the target and the QEMU.
+enum class SaveLayout { automatic, legacy, mapped_ram };
+
+constexpr unsigned channels_max = 64;
+
 struct SaveOptions {
-  std::string name;
+  std::string name;          ///< of the snapshot; empty with `to`
   bool replace = false;      ///< the old snapshot of that name lives until the new one is there
   std::string vmstate_node;  ///< node name; empty: the node that loadvm looks at first
   io::DirectMode direct = io::DirectMode::automatic;
@@ -28,7 +33,21 @@ struct SaveOptions {
   size_t buffers = io::buffer_count_default;
   unsigned depth = 8;
   uint64_t rate_limit_bytes_per_second = 0;  ///< 0: none
+  SaveLayout layout = SaveLayout::automatic;
+  bool sparse_bitmap = false;  ///< mapped-ram only: the bitmap of pages may have holes
+  unsigned channels = 0;       ///< that write at the same time, up to channels_max; 0: automatic
+  /// Empty: into the VM's qcow2, as snapshot `name`. Otherwise a plain file or passed descriptors,
+  /// in the words of save_target.h.
+  std::string to;
+  /// Of this process: the target of `to` "fd", one without and one with O_DIRECT. They belong to
+  /// the operation from the call on and are closed when it returns, whatever it returns.
+  int fd = -1;
+  int direct_fd = -1;
 };
+
+/// Whether the options go together; else ErrorCode::bad_argument, with the words of the command
+/// line. Says nothing of what only QEMU or a file can tell.
+Result<void> check_save_options(const SaveOptions &options);
 
 struct DiskReport {
   std::string node;
@@ -53,8 +72,12 @@ struct SaveReport {
   uint64_t written_bytes = 0;  ///< to all images
   double pause_seconds = 0;    ///< from before `stop` until `cont` was answered
   double total_seconds = 0;
-  double data_seconds = 0;  ///< stream written and synced, part of the pause
-  std::string io_engine;    ///< "io_uring" or "threads", " direct" added with O_DIRECT
+  double data_seconds = 0;    ///< stream written and synced, part of the pause
+  std::string io_engine;      ///< "io_uring" or "threads", " direct" added with O_DIRECT
+  std::string layout;         ///< "legacy" or "mapped-ram"
+  std::string target;         ///< path of the file that was written; empty: the VM's own qcow2
+  unsigned channels = 0;      ///< that wrote
+  uint64_t target_bytes = 0;  ///< of the file, from its begin to the end of the save
   std::vector<DiskReport> disks;
   std::vector<std::string> warnings;
 };
