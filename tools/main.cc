@@ -3,92 +3,15 @@
 // Exit status: 0 done, 1 refused or failed, 2 wrong usage.
 #include <CLI/CLI.hpp>
 #include <csignal>
-#include <map>
 #include <sstream>
 
+#include "tools/arguments.h"
 #include "tools/commands.h"
 #include "tools/format.h"
 
 namespace qvmstate::tools {
 
 namespace {
-
-constexpr size_t buffers_max = 1024;
-
-const std::map<std::string, Format> formats = {{"human", Format::human}, {"json", Format::json}};
-const std::map<std::string, io::DirectMode> direct_modes = {
-    {"auto", io::DirectMode::automatic}, {"on", io::DirectMode::on}, {"off", io::DirectMode::off}};
-const std::map<std::string, io::Engine> engines = {{"auto", io::Engine::automatic},
-                                                   {"io_uring", io::Engine::uring},
-                                                   {"threads", io::Engine::threads}};
-
-template <class T>
-void add_choice(CLI::App &app, const std::string &option, T &target,
-                const std::map<std::string, T> &choices, const std::string &help) {
-  std::string words;
-  for (const auto &[word, value] : choices) {
-    words += (words.empty() ? "" : "|") + word;
-  }
-  app.add_option(option, target, help)
-      ->type_name(words)
-      ->transform([words, choices](std::string word) {
-        const auto found = choices.find(word);
-        if (found == choices.end()) {
-          throw CLI::ValidationError("'" + word + "' is not one of " + words);
-        }
-        return std::to_string(static_cast<int>(found->second));
-      });
-}
-
-CLI::Option *add_qmp(CLI::App &app, std::string &target) {
-  return app.add_option("--qmp", target, "QMP socket of the running QEMU (-qmp unix:SOCK,...)")
-      ->type_name("SOCK");
-}
-
-void add_name(CLI::App &app, std::string &target) {
-  app.add_option("NAME", target, "Name of the snapshot")->required()->type_name("");
-}
-
-void add_format(CLI::App &app, Format &target) {
-  add_choice(app, "--format", target, formats, "How to print; json: one event a line");
-}
-
-void add_save(CLI::App &app, SaveCommand &command) {
-  CLI::App *save = app.add_subcommand("save", "Save the state of a running VM into its own qcow2");
-  add_name(*save, command.options.name);
-  CLI::Option_group *where = save->add_option_group("which VM");
-  add_qmp(*where, command.qmp);
-  where->add_option("--control", command.control, "Control socket of the plugin in QEMU")
-      ->type_name("SOCK");
-  where->require_option(1);
-  save->add_flag("--replace", command.options.replace,
-                 "Take the place of a snapshot of that name, once the new one is there");
-  save->add_option("--vmstate-node", command.options.vmstate_node,
-                   "Block node for the state; default: the one that loadvm looks at first")
-      ->type_name("NODE");
-  add_choice(*save, "--direct", command.options.direct, direct_modes,
-             "Bypass the page cache (O_DIRECT)");
-  add_choice(*save, "--engine", command.options.engine, engines, "What does the file I/O");
-  save->add_option("--limit-rate",
-                   "Bytes written per second at most: 500000, 10M, 1.5G (powers of 1024)")
-      ->type_name("RATE")
-      ->each([&command](const std::string &text) {
-        const Result<uint64_t> rate = parse_rate(text);
-        if (!rate) {
-          throw CLI::ValidationError(rate.error().message);
-        }
-        command.options.rate_limit_bytes_per_second = *rate;
-      });
-  save->add_option("--buffers", command.options.buffers, "Number of 1 MiB buffers")
-      ->check(CLI::Range(io::buffer_count_min, buffers_max))
-      ->type_name("N");
-  add_format(*save, command.format);
-  save->add_flag("-q,--quiet", command.quiet, "No progress and no summary; with json only the end");
-  save->footer(
-      "Examples:\n"
-      "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
-      "  qvmstate save nightly --replace --limit-rate 200M --qmp /run/vm/qmp.sock");
-}
 
 void add_delete(CLI::App &app, DeleteCommand &command) {
   CLI::App *remove = app.add_subcommand("delete", "Delete a snapshot from images or a running VM");
@@ -126,6 +49,7 @@ int run(int argc, char **argv) {
   app.footer(
       "Examples:\n"
       "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save --to file:vm.state --qmp /run/vm/qmp.sock\n"
       "  qvmstate list disk.qcow2\n"
       "  qvmstate info disk.qcow2 before-upgrade\n"
       "  qvmstate load before-upgrade --qmp /run/vm/qmp.sock\n"

@@ -79,7 +79,8 @@ Json disks_json(const std::vector<qemu::DiskReport> &disks) {
 }
 
 std::string save_summary(const qemu::SaveReport &report) {
-  return fmt::format("saved '{}': {} RAM, {} written in {} ({}), {}\n", printable(report.name),
+  return fmt::format("saved '{}': {} RAM, {} written in {} ({}), {}\n",
+                     printable(report.target.empty() ? report.name : report.target),
                      format_size(report.ram_bytes), format_size(report.written_bytes),
                      format_seconds(report.total_seconds),
                      format_rate(report.written_bytes, report.total_seconds),
@@ -106,6 +107,10 @@ Json save_json(const qemu::SaveReport &report, const Warnings &warnings) {
           {"data-seconds", report.data_seconds},
           {"total-seconds", report.total_seconds},
           {"io-engine", report.io_engine},
+          {"layout", report.layout},
+          {"target", report.target},
+          {"channels", report.channels},
+          {"target-bytes", report.target_bytes},
           {"disks", disks_json(report.disks)},
           {"warnings", warnings.messages()}};
 }

@@ -3,6 +3,8 @@
 // Request:  {"execute":"save","arguments":{"name":"x",...}}
 // Answers:  {"event":"progress",...}*  {"event":"warning",...}*  then one of
 //           {"return":{...}}   {"error":{"class":"exists","desc":"..."}}
+// With "descriptors":2 in the arguments of save, two descriptors come with the request over
+// SCM_RIGHTS: SaveOptions::fd and direct_fd.
 // Commands: save, delete, version. One operation at a time; a client that hangs up cancels its
 // save. Only root and the user of this process are served.
 //
@@ -12,6 +14,7 @@
 #include <atomic>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "plugin/qemu/descriptor.h"
 #include "plugin/qemu/json.h"
@@ -45,7 +48,8 @@ class ControlServer {
 };
 
 Json to_json(const SaveOptions &options);
-Result<SaveOptions> save_options_from(const Json &arguments);
+/// `received`: what came with the request. On success they belong to the options.
+Result<SaveOptions> save_options_from(const Json &arguments, std::vector<Descriptor> received = {});
 Json to_json(const SaveReport &report);
 SaveReport save_report_from(const Json &value);
 Json to_json(const Error &error);

@@ -1,7 +1,13 @@
 #include <sys/socket.h>
+#include <unistd.h>
+
 #include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
 
 #include "plugin/qemu/control.h"
+#include "plugin/qemu/save_target.h"
 
 namespace qvmstate::qemu {
 namespace {
@@ -21,17 +27,47 @@ const char *phase_name(const std::string &name) {
   return "";
 }
 
+/// A relative path means the client's folder, not the one that QEMU was started in.
+Result<std::string> with_absolute_path(const std::string &to) {
+  QV_ASSIGN(const SaveTarget target, parse_save_target(to));
+  if (target.kind != SaveTarget::Kind::path || target.path.starts_with('/')) {
+    return to;
+  }
+  const std::unique_ptr<char, void (*)(void *)> folder(::get_current_dir_name(), std::free);
+  if (!folder) {
+    return fail_errno(errno, "'" + to + "': asking for the working directory");
+  }
+  return "file:" + std::string(folder.get()) + "/" + to.substr(std::strlen("file:"));
+}
+
+Result<void> send_request(const Descriptor &socket, const SaveOptions &options,
+                          const std::string &shown) {
+  Json arguments = to_json(options);
+  if (!options.to.empty()) {
+    QV_ASSIGN(arguments["to"], with_absolute_path(options.to));
+  }
+  const Json request = {{"execute", "save"}, {"arguments", arguments}};
+  std::vector<int> passed;
+  if (options.fd >= 0 || options.direct_fd >= 0) {
+    passed = {options.fd, options.direct_fd};
+  }
+  if (auto sent =
+          send_all(socket.get(), to_line(request) + "\n", Clock::now() + silence_limit, passed);
+      !sent) {
+    return tl::unexpected(with_context(sent.error(), shown + ": the plugin"));
+  }
+  return {};
+}
+
 }  // namespace
 
 Result<SaveReport> save_by_control(const std::string &control_path, const SaveOptions &options,
                                    const Observer &observer) {
   const std::string shown = "control socket '" + control_path + "'";
+  const GivenDescriptors given(options);
+  QV_TRY(given.check());
   QV_ASSIGN(const Descriptor socket, connect_unix(control_path, "control socket"));
-  const Json request = {{"execute", "save"}, {"arguments", to_json(options)}};
-  if (auto sent = send_all(socket.get(), to_line(request) + "\n", Clock::now() + silence_limit);
-      !sent) {
-    return tl::unexpected(with_context(sent.error(), shown + ": the plugin"));
-  }
+  QV_TRY(send_request(socket, options, shown));
   LineReader reader(socket.get(), answer_bytes_max);
   auto heard = Clock::now();
   for (bool asked_to_stop = false;;) {

@@ -1,4 +1,6 @@
 // The control socket's messages: options, reports and errors as JSON.
+#include <algorithm>
+
 #include "plugin/qemu/control.h"
 
 namespace qvmstate::qemu {
@@ -26,6 +28,32 @@ constexpr CodeName code_names[] = {
 
 constexpr const char *direct_names[] = {"auto", "on", "off"};
 constexpr const char *engine_names[] = {"auto", "io_uring", "threads"};
+constexpr const char *layout_names[] = {"auto", "legacy", "mapped-ram"};
+
+enum class Type { text, number, flag };
+struct Argument {
+  const char *name;
+  Type type;
+};
+constexpr Argument save_arguments[] = {
+    {"name", Type::text},          {"replace", Type::flag},      {"vmstate-node", Type::text},
+    {"direct", Type::text},        {"engine", Type::text},       {"buffers", Type::number},
+    {"depth", Type::number},       {"rate-limit", Type::number}, {"layout", Type::text},
+    {"sparse-bitmap", Type::flag}, {"channels", Type::number},   {"to", Type::text},
+    {"descriptors", Type::number},
+};
+
+bool has_type(const Json &value, Type type) {
+  switch (type) {
+    case Type::text:
+      return value.is_string();
+    case Type::number:
+      return value.is_number_unsigned();
+    case Type::flag:
+      return value.is_boolean();
+  }
+  return false;
+}
 
 template <class Enum, size_t count>
 Result<Enum> choice_from(const Json &arguments, const char *key,
@@ -50,31 +78,44 @@ Json to_json(const DiskReport &disk) {
 }  // namespace
 
 Json to_json(const SaveOptions &options) {
-  return {{"name", options.name},
-          {"replace", options.replace},
-          {"vmstate-node", options.vmstate_node},
-          {"direct", direct_names[static_cast<size_t>(options.direct)]},
-          {"engine", engine_names[static_cast<size_t>(options.engine)]},
-          {"buffers", options.buffers},
-          {"depth", options.depth},
-          {"rate-limit", options.rate_limit_bytes_per_second}};
+  Json json = {{"name", options.name},
+               {"replace", options.replace},
+               {"vmstate-node", options.vmstate_node},
+               {"direct", direct_names[static_cast<size_t>(options.direct)]},
+               {"engine", engine_names[static_cast<size_t>(options.engine)]},
+               {"buffers", options.buffers},
+               {"depth", options.depth},
+               {"rate-limit", options.rate_limit_bytes_per_second}};
+  // A plugin of an older release refuses what it does not know, and need not, if it is not used.
+  if (options.layout != SaveLayout::automatic) {
+    json["layout"] = layout_names[static_cast<size_t>(options.layout)];
+  }
+  if (options.sparse_bitmap) {
+    json["sparse-bitmap"] = true;
+  }
+  if (options.channels != 0) {
+    json["channels"] = options.channels;
+  }
+  if (!options.to.empty()) {
+    json["to"] = options.to;
+  }
+  if (options.fd >= 0 || options.direct_fd >= 0) {
+    json["descriptors"] = 2;
+  }
+  return json;
 }
 
-Result<SaveOptions> save_options_from(const Json &arguments) {
+Result<SaveOptions> save_options_from(const Json &arguments, std::vector<Descriptor> received) {
   SaveOptions options;
   for (const auto &[key, value] : arguments.items()) {
-    const bool known_text =
-        key == "name" || key == "vmstate-node" || key == "direct" || key == "engine";
-    const bool known_number = key == "buffers" || key == "depth" || key == "rate-limit";
-    if (!(known_text && value.is_string()) && !(known_number && value.is_number_unsigned()) &&
-        !(key == "replace" && value.is_boolean())) {
+    const auto *known =
+        std::find_if(std::begin(save_arguments), std::end(save_arguments),
+                     [&name = key](const Argument &argument) { return name == argument.name; });
+    if (known == std::end(save_arguments) || !has_type(value, known->type)) {
       return fail(ErrorCode::bad_argument, "'save' cannot take the argument '" + key + "'");
     }
   }
   options.name = text_at(arguments, "name");
-  if (options.name.empty()) {
-    return fail(ErrorCode::bad_argument, "'save' needs a name");
-  }
   options.replace = flag_at(arguments, "replace");
   options.vmstate_node = text_at(arguments, "vmstate-node");
   QV_ASSIGN(options.direct, choice_from<io::DirectMode>(arguments, "direct", direct_names));
@@ -87,6 +128,25 @@ Result<SaveOptions> save_options_from(const Json &arguments) {
   }
   options.depth = static_cast<unsigned>(depth);
   options.rate_limit_bytes_per_second = number_at(arguments, "rate-limit");
+  QV_ASSIGN(options.layout, choice_from<SaveLayout>(arguments, "layout", layout_names));
+  options.sparse_bitmap = flag_at(arguments, "sparse-bitmap");
+  options.channels =
+      static_cast<unsigned>(std::min<uint64_t>(number_at(arguments, "channels"), channels_max + 1));
+  options.to = text_at(arguments, "to");
+  const uint64_t announced = number_at(arguments, "descriptors");
+  if (announced != received.size() || (announced != 0 && announced != 2)) {
+    return fail(ErrorCode::bad_argument, "'save' was sent " + std::to_string(received.size()) +
+                                             " descriptors, and 'descriptors' says " +
+                                             std::to_string(announced) + "; it takes none or two");
+  }
+  if (announced == 2) {
+    options.fd = received[0].get();
+    options.direct_fd = received[1].get();
+  }
+  QV_TRY(check_save_options(options));
+  for (Descriptor &descriptor : received) {
+    descriptor.release();
+  }
   return options;
 }
 
@@ -111,6 +171,10 @@ Json to_json(const SaveReport &report) {
           {"total-seconds", report.total_seconds},
           {"data-seconds", report.data_seconds},
           {"io-engine", report.io_engine},
+          {"layout", report.layout},
+          {"target", report.target},
+          {"channels", report.channels},
+          {"target-bytes", report.target_bytes},
           {"disks", disks},
           {"warnings", report.warnings}};
 }
@@ -133,6 +197,10 @@ SaveReport save_report_from(const Json &value) {
   report.total_seconds = real_at(value, "total-seconds");
   report.data_seconds = real_at(value, "data-seconds");
   report.io_engine = text_at(value, "io-engine");
+  report.layout = text_at(value, "layout");
+  report.target = text_at(value, "target");
+  report.channels = static_cast<unsigned>(number_at(value, "channels"));
+  report.target_bytes = number_at(value, "target-bytes");
   for (const Json &disk : at(value, "disks")) {
     report.disks.push_back({text_at(disk, "node"), text_at(disk, "file"),
                             text_at(disk, "snapshot-id"), flag_at(disk, "has-vmstate"),

@@ -97,7 +97,7 @@ void ControlServer::serve_client(const Descriptor &client, const ControlOperatio
     refuse({ErrorCode::permission, 0, "only root and QEMU's own user may use the control socket"});
     return;
   }
-  LineReader reader(client.get(), request_bytes_max);
+  LineReader reader(client.get(), request_bytes_max, LineReader::Descriptors::taken);
   while (!end) {
     const auto line = reader.next(Clock::now() + request_limit);
     if (!line) {
@@ -131,7 +131,8 @@ void ControlServer::serve_client(const Descriptor &client, const ControlOperatio
     if (command == "version") {
       answer(client.get(), {{"return", {{"version", QVMSTATE_VERSION}}}});
     } else if (command == "save") {
-      auto options = save_options_from(arguments.is_object() ? arguments : Json::object());
+      auto options = save_options_from(arguments.is_object() ? arguments : Json::object(),
+                                       reader.take_descriptors());
       auto report = options ? operations.save(*options, observer)
                             : Result<SaveReport>(tl::unexpected(options.error()));
       report ? (void)answer(client.get(), {{"return", to_json(*report)}}) : refuse(report.error());

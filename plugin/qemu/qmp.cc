@@ -60,8 +60,8 @@ Result<Json> Qmp::execute(const std::string &command, const Json &arguments, mil
   if (!arguments.empty()) {
     request["arguments"] = arguments;
   }
-  if (auto sent = send_all(socket_.get(), to_line(request) + "\n", deadline, passed_descriptor);
-      !sent) {
+  const std::span<const int> passed(&passed_descriptor, passed_descriptor >= 0 ? 1 : 0);
+  if (auto sent = send_all(socket_.get(), to_line(request) + "\n", deadline, passed); !sent) {
     broken_ = true;
     return tl::unexpected(with_context(sent.error(), "QMP command '" + command + "': QEMU"));
   }

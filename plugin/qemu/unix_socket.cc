@@ -6,11 +6,14 @@
 #include <sys/un.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cerrno>
 #include <cstring>
 
 namespace qvmstate::qemu {
 namespace {
+
+constexpr size_t control_bytes_max = CMSG_SPACE(passed_descriptors_max * sizeof(int));
 
 /// False: the deadline passed.
 Result<bool> wait_for(int socket, short events, Clock::time_point deadline) {
@@ -66,26 +69,27 @@ Result<Peer> peer_of(int socket) {
 }
 
 Result<void> send_all(int socket, std::string_view bytes, Clock::time_point deadline,
-                      int passed_descriptor) {
+                      std::span<const int> passed) {
+  assert(passed.size() <= passed_descriptors_max);
   while (!bytes.empty()) {
     iovec data = {const_cast<char *>(bytes.data()), bytes.size()};
     msghdr message = {};
     message.msg_iov = &data;
     message.msg_iovlen = 1;
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    if (passed_descriptor >= 0) {
+    alignas(cmsghdr) char control[control_bytes_max] = {};
+    if (!passed.empty()) {
       message.msg_control = control;
-      message.msg_controllen = sizeof control;
+      message.msg_controllen = CMSG_SPACE(passed.size_bytes());
       cmsghdr *header = CMSG_FIRSTHDR(&message);
       header->cmsg_level = SOL_SOCKET;
       header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(sizeof(int));
-      std::memcpy(CMSG_DATA(header), &passed_descriptor, sizeof(int));
+      header->cmsg_len = CMSG_LEN(passed.size_bytes());
+      std::memcpy(CMSG_DATA(header), passed.data(), passed.size_bytes());
     }
     const ssize_t sent = ::sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent > 0) {
       bytes.remove_prefix(static_cast<size_t>(sent));
-      passed_descriptor = -1;
+      passed = {};
     } else if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
       QV_ASSIGN(const bool ready, wait_for(socket, POLLOUT, deadline));
       if (!ready) {
@@ -97,6 +101,37 @@ Result<void> send_all(int socket, std::string_view bytes, Clock::time_point dead
     }
   }
   return {};
+}
+
+/// recv() that keeps the descriptors that come along.
+ssize_t LineReader::receive(std::span<char> to) {
+  if (passed_ == Descriptors::refused) {
+    return ::recv(socket_, to.data(), to.size(), MSG_DONTWAIT);
+  }
+  iovec data = {to.data(), to.size()};
+  alignas(cmsghdr) char control[control_bytes_max] = {};
+  msghdr message = {};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof control;
+  const ssize_t received = ::recvmsg(socket_, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  for (cmsghdr *header = received < 0 ? nullptr : CMSG_FIRSTHDR(&message); header != nullptr;
+       header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) {
+      continue;
+    }
+    const size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; ++i) {
+      int number = -1;
+      std::memcpy(&number, CMSG_DATA(header) + i * sizeof(int), sizeof number);
+      Descriptor descriptor(number);
+      if (descriptors_.size() < passed_descriptors_max) {
+        descriptors_.push_back(std::move(descriptor));
+      }
+    }
+  }
+  return received;
 }
 
 Result<std::string> LineReader::next(Clock::time_point deadline) {
@@ -121,7 +156,7 @@ Result<std::string> LineReader::next(Clock::time_point deadline) {
       return fail(ErrorCode::peer, "gave no answer in time", ETIMEDOUT);
     }
     char buffer[16384];
-    const ssize_t received = ::recv(socket_, buffer, sizeof buffer, MSG_DONTWAIT);
+    const ssize_t received = receive(buffer);
     if (received > 0) {
       pending_.append(buffer, static_cast<size_t>(received));
     } else if (received == 0) {

@@ -228,9 +228,21 @@ Result<std::unique_ptr<File>> File::open(const std::string &path, const OpenOpti
   if (shown_name.empty()) {
     shown_name = path;
   }
-  const unsigned depth = std::clamp(options.depth, 1U, depth_max);
   QV_ASSIGN(Descriptors descriptors,
             Descriptors::open(path, options.writable, options.direct, shown_name));
+  return over(std::move(descriptors), options, std::move(shown_name));
+}
+
+Result<std::unique_ptr<File>> File::adopt(std::span<const int> passed, const OpenOptions &options,
+                                          std::string shown_name) {
+  QV_ASSIGN(Descriptors descriptors,
+            Descriptors::adopt(passed, options.writable, options.direct, shown_name));
+  return over(std::move(descriptors), options, std::move(shown_name));
+}
+
+Result<std::unique_ptr<File>> File::over(Descriptors &&descriptors, const OpenOptions &options,
+                                         std::string shown_name) {
+  const unsigned depth = std::clamp(options.depth, 1U, depth_max);
   std::unique_ptr<Backend> backend;
   if (options.engine != Engine::threads) {
     auto uring = UringBackend::create(descriptors, depth);

@@ -46,12 +46,21 @@ struct OpenOptions {
   unsigned depth = 8;  ///< transfers in flight, 1 to limits (file.cc)
 };
 
+class Descriptors;
+
 class File {
  public:
   /// Opens `path` (a regular file or block device; "/proc/PID/fd/N" works and reopens that file).
   /// `shown_name` is what error messages call it; empty: the path.
   static Result<std::unique_ptr<File>> open(const std::string &path, const OpenOptions &options,
                                             std::string shown_name = {});
+  /// Over descriptors that somebody else opened (`options.writable`: to write); they belong to the
+  /// File, and are closed also when they are refused. Descriptors::adopt says what they must be.
+  static Result<std::unique_ptr<File>> adopt(std::span<const int> passed,
+                                             const OpenOptions &options, std::string shown_name);
+  /// Over descriptors that are open. Only `engine` and `depth` of the options count.
+  static Result<std::unique_ptr<File>> over(Descriptors &&descriptors, const OpenOptions &options,
+                                            std::string shown_name);
   /// For fakes and decorators.
   File(std::unique_ptr<Backend> backend, std::string name, unsigned depth);
   ~File();

@@ -105,8 +105,11 @@ void ThreadBackend::work() {
 }
 
 BackendCompletion ThreadBackend::transfer(const BackendOp &op) const {
-  const int descriptor =
-      descriptors_.takes_direct(op) ? descriptors_.direct() : descriptors_.buffered();
+  const bool direct = descriptors_.takes_direct(op);
+  if (!direct && op.kind == OpKind::read) {
+    return {op.cookie, descriptors_.read(op.data, op.bytes, op.offset)};
+  }
+  const int descriptor = direct ? descriptors_.direct() : descriptors_.buffered();
   const auto offset = static_cast<off_t>(op.offset);
   const ssize_t result = op.kind == OpKind::read ? ::pread(descriptor, op.data, op.bytes, offset)
                                                  : ::pwrite(descriptor, op.data, op.bytes, offset);

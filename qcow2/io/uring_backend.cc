@@ -74,9 +74,10 @@ Result<std::unique_ptr<UringBackend>> UringBackend::create(Descriptors &descript
 
 UringBackend::UringBackend(Descriptors &&descriptors, const io_uring &ring, unsigned depth)
     : DescriptorBackend(std::move(descriptors)), ring_(ring), depth_(depth) {
-  const std::vector<int> files = DescriptorBackend::descriptors();
-  files_registered_ =
-      ::io_uring_register_files(&ring_, files.data(), static_cast<unsigned>(files.size())) == 0;
+  // A place whose descriptor is absent (-1) stays empty.
+  const int files[] = {descriptors_.buffered(), descriptors_.direct()};
+  static_assert(buffered_slot == 0 && direct_slot == 1);
+  files_registered_ = ::io_uring_register_files(&ring_, files, 2) == 0;
 }
 
 UringBackend::~UringBackend() {
@@ -138,6 +139,15 @@ int UringBackend::submit() {
 
 int UringBackend::start(const BackendOp &op) {
   assert(op.bytes > 0 && op.cookie != ignored_cookie);
+  if (descriptors_.buffered() < 0 && !descriptors_.takes_direct(op) && op.kind == OpKind::read) {
+    // Rare, so it is done at once, through a buffer.
+    if (in_flight_ == depth_) {
+      return -EAGAIN;
+    }
+    done_.push_back({op.cookie, descriptors_.read(op.data, op.bytes, op.offset)});
+    ++in_flight_;
+    return 0;
+  }
   io_uring_sqe *entry = in_flight_ < depth_ ? free_entry() : nullptr;
   if (entry == nullptr) {
     return -EAGAIN;
@@ -179,6 +189,12 @@ int UringBackend::start(const BackendOp &op) {
 
 BackendCompletion UringBackend::reap() {
   assert(in_flight_ > 0);
+  if (!done_.empty()) {
+    const BackendCompletion completion = done_.front();
+    done_.pop_front();
+    --in_flight_;
+    return completion;
+  }
   while (true) {
     io_uring_cqe *entry = nullptr;
     const int result = ::io_uring_wait_cqe(&ring_, &entry);

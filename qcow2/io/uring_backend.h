@@ -7,6 +7,7 @@
 #include <liburing.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <span>
 #include <string>
@@ -41,6 +42,7 @@ class UringBackend : public DescriptorBackend {
   unsigned in_flight_ = 0;
   bool files_registered_ = false;
   std::vector<std::span<std::byte>> registered_;
+  std::deque<BackendCompletion> done_;  ///< without the ring, not reaped yet
 };
 
 }  // namespace qvmstate::io

@@ -2,10 +2,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/filter.h>
-#include <linux/loop.h>
 #include <linux/seccomp.h>
 #include <stddef.h>
-#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -211,36 +209,6 @@ TEST(Open, EngineIsWhatWasAskedFor) {
   }
   EXPECT_EQ((*uring)->backend().name(), "io_uring");
 }
-
-/// A loop device over a file; path() is empty where none can be made.
-class LoopDevice {
- public:
-  explicit LoopDevice(const std::string &backing) {
-    const int control = ::open("/dev/loop-control", O_RDWR | O_CLOEXEC);
-    const int number = control < 0 ? -1 : ::ioctl(control, LOOP_CTL_GET_FREE);
-    ::close(control);
-    const std::string path = "/dev/loop" + std::to_string(number);
-    const int file = ::open(backing.c_str(), O_RDWR | O_CLOEXEC);
-    device_ = number < 0 ? -1 : ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-    if (device_ >= 0 && ::ioctl(device_, LOOP_SET_FD, file) == 0) {
-      path_ = path;
-    }
-    ::close(file);
-  }
-  ~LoopDevice() {
-    if (!path_.empty()) {
-      ::ioctl(device_, LOOP_CLR_FD, 0);
-    }
-    ::close(device_);
-  }
-  LoopDevice(const LoopDevice &) = delete;
-  LoopDevice &operator=(const LoopDevice &) = delete;
-  const std::string &path() const { return path_; }
-
- private:
-  int device_ = -1;
-  std::string path_;
-};
 
 TEST(Open, BlockDevicesHaveTheirSizeAndCannotBeResized) {
   const TemporaryFile backing;

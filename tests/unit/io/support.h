@@ -1,8 +1,11 @@
-// What the tests of qcow2/io share: patterned bytes, a temporary file, a backend that watches
-// another.
+// What the tests of qcow2/io share: patterned bytes, a temporary file, a loop device, a backend
+// that watches another.
 #pragma once
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <linux/loop.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -71,6 +74,36 @@ class TemporaryFile {
   const std::string &path() const { return path_; }
 
  private:
+  std::string path_;
+};
+
+/// A loop device over a file; path() is empty where none can be made.
+class LoopDevice {
+ public:
+  explicit LoopDevice(const std::string &backing) {
+    const int control = ::open("/dev/loop-control", O_RDWR | O_CLOEXEC);
+    const int number = control < 0 ? -1 : ::ioctl(control, LOOP_CTL_GET_FREE);
+    ::close(control);
+    const std::string path = "/dev/loop" + std::to_string(number);
+    const int file = ::open(backing.c_str(), O_RDWR | O_CLOEXEC);
+    device_ = number < 0 ? -1 : ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (device_ >= 0 && ::ioctl(device_, LOOP_SET_FD, file) == 0) {
+      path_ = path;
+    }
+    ::close(file);
+  }
+  ~LoopDevice() {
+    if (!path_.empty()) {
+      ::ioctl(device_, LOOP_CLR_FD, 0);
+    }
+    ::close(device_);
+  }
+  LoopDevice(const LoopDevice &) = delete;
+  LoopDevice &operator=(const LoopDevice &) = delete;
+  const std::string &path() const { return path_; }
+
+ private:
+  int device_ = -1;
   std::string path_;
 };
 

@@ -1,14 +1,19 @@
 #include "plugin/qemu/control.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include <cstdlib>
 #include <fstream>
+#include <memory>
 #include <thread>
 
+#include "plugin/qemu/save_target.h"
 #include "tests/unit/plugin/fake_qmp.h"
 
 namespace qvmstate::qemu {
@@ -107,6 +112,166 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
   EXPECT_EQ(warnings, "careful");
 }
 
+TEST_F(ControlTest, TargetOptionsAndReportArriveWhole) {
+  SaveOptions seen;
+  save_ = [&](const SaveOptions &options, const Observer &) -> Result<SaveReport> {
+    seen = options;
+    SaveReport report;
+    report.layout = "mapped-ram";
+    report.target = "/nowhere/state";
+    report.channels = 7;
+    report.target_bytes = uint64_t{1} << 41;
+    return report;
+  };
+  SaveOptions options;
+  options.to = "file:/nowhere/a,b,offset=4k";
+  options.layout = SaveLayout::mapped_ram;
+  options.sparse_bitmap = true;
+  options.channels = 64;
+  auto report = save_by_control(path_, options, {});
+  ASSERT_TRUE(report) << report.error().message;
+  EXPECT_EQ(seen.name, "");
+  EXPECT_EQ(seen.to, options.to);
+  EXPECT_EQ(seen.layout, SaveLayout::mapped_ram);
+  EXPECT_TRUE(seen.sparse_bitmap);
+  EXPECT_EQ(seen.channels, 64U);
+  EXPECT_EQ(seen.fd, -1);
+  EXPECT_EQ(seen.direct_fd, -1);
+  EXPECT_EQ(report->layout, "mapped-ram");
+  EXPECT_EQ(report->target, "/nowhere/state");
+  EXPECT_EQ(report->channels, 7U);
+  EXPECT_EQ(report->target_bytes, uint64_t{1} << 41);
+  for (const SaveLayout layout : {SaveLayout::automatic, SaveLayout::legacy}) {
+    options = {};
+    options.name = "x";
+    options.layout = layout;
+    ASSERT_TRUE(save_by_control(path_, options, {}));
+    EXPECT_EQ(seen.layout, layout);
+    EXPECT_FALSE(seen.sparse_bitmap);
+    EXPECT_EQ(seen.channels, 0U);
+    EXPECT_EQ(seen.to, "");
+  }
+}
+
+TEST(ControlMessages, WhatIsNotUsedIsNotSentToAnOlderPlugin) {
+  SaveOptions options;
+  options.name = "x";
+  const Json json = to_json(options);
+  for (const char *key : {"layout", "sparse-bitmap", "channels", "to", "descriptors"}) {
+    EXPECT_FALSE(json.contains(key)) << key;
+  }
+}
+
+TEST_F(ControlTest, ARelativePathIsTheClients) {
+  std::string seen;
+  save_ = [&](const SaveOptions &options, const Observer &) -> Result<SaveReport> {
+    seen = options.to;
+    return SaveReport();
+  };
+  SaveOptions options;
+  options.to = "file:a,offset=1";
+  ASSERT_TRUE(save_by_control(path_, options, {}));
+  const std::unique_ptr<char, void (*)(void *)> here(::get_current_dir_name(), std::free);
+  EXPECT_EQ(seen, "file:" + std::string(here.get()) + "/a,offset=1");
+  options.to = "file:/dev/fdset/3";
+  ASSERT_TRUE(save_by_control(path_, options, {}));
+  EXPECT_EQ(seen, options.to);
+}
+
+bool is_open(int descriptor) {
+  return ::fcntl(descriptor, F_GETFD) >= 0;
+}
+
+TEST_F(ControlTest, DescriptorsArriveInOrderAndAreGivenAway) {
+  // The client and the plugin are one process here, so numbers can be compared.
+  const std::string paths[] = {folder_.file("plain"), folder_.file("direct")};
+  ino_t inodes[2] = {};
+  int received[2] = {-1, -1};
+  save_ = [&](const SaveOptions &options, const Observer &) -> Result<SaveReport> {
+    received[0] = options.fd;
+    received[1] = options.direct_fd;
+    for (int i = 0; i < 2; ++i) {
+      struct stat status = {};
+      inodes[i] = ::fstat(received[i], &status) == 0 ? status.st_ino : 0;
+    }
+    EXPECT_EQ(options.to, "fd,offset=8");
+    EXPECT_EQ(::fcntl(received[0], F_GETFD), FD_CLOEXEC);
+    const GivenDescriptors given(options);
+    return SaveReport();
+  };
+  SaveOptions options;
+  options.to = "fd,offset=8";
+  options.fd = ::open(paths[0].c_str(), O_WRONLY | O_CREAT, 0600);
+  options.direct_fd = ::open(paths[1].c_str(), O_WRONLY | O_CREAT, 0600);
+  const auto report = save_by_control(path_, options, {});
+  ASSERT_TRUE(report) << report.error().message;
+  for (int i = 0; i < 2; ++i) {
+    struct stat status = {};
+    ASSERT_EQ(::stat(paths[i].c_str(), &status), 0);
+    EXPECT_EQ(inodes[i], status.st_ino);
+    EXPECT_FALSE(is_open(received[i]));
+  }
+  EXPECT_NE(received[0], options.fd);
+  EXPECT_FALSE(is_open(options.fd));
+  EXPECT_FALSE(is_open(options.direct_fd));
+}
+
+TEST_F(ControlTest, DescriptorsAreClosedAlsoWhenNobodyListens) {
+  SaveOptions options;
+  options.to = "fd";
+  options.fd = ::open("/dev/null", O_RDWR);
+  options.direct_fd = ::open("/dev/null", O_RDWR);
+  ASSERT_FALSE(save_by_control(folder_.file("nobody"), options, {}));
+  EXPECT_FALSE(is_open(options.fd));
+  EXPECT_FALSE(is_open(options.direct_fd));
+  const auto closed = save_by_control(path_, options, {});
+  ASSERT_FALSE(closed);
+  EXPECT_THAT(closed.error().message, HasSubstr("is not open (EBADF)"));
+}
+
+/// Descriptors of this process, to see that none leaks.
+size_t count_open() {
+  size_t count = 0;
+  for (int i = 0; i < 1024; ++i) {
+    count += is_open(i);
+  }
+  return count;
+}
+
+TEST_F(ControlTest, DescriptorsThatNobodyWantsAreClosed) {
+  const std::string save = "{\"execute\":\"save\",\"arguments\":";
+  const std::pair<std::string, size_t> requests[] = {
+      {save + "{\"name\":\"x\"}}\n", 2},
+      {save + "{\"name\":\"x\",\"colour\":1}}\n", 2},
+      {save + "{\"to\":\"fd\",\"descriptors\":2}}\n", 1},
+      {save + "{\"to\":\"fd\",\"descriptors\":1}}\n", 1},
+      {save + "{\"to\":\"fd\",\"descriptors\":2}}\n", 0},
+      {save + "{\"to\":\"file:/f\",\"descriptors\":2}}\n", 2},
+      {"{\"execute\":\"fly\"}\n", 2},
+  };
+  const int two[] = {wake_.get(), wake_.get()};
+  // Only the server's thread opens and closes anything meanwhile; the socket is the last to go.
+  const size_t before = count_open();
+  for (const auto &[request, count] : requests) {
+    {
+      auto socket = connect_unix(path_, "control socket");
+      ASSERT_TRUE(socket);
+      ASSERT_TRUE(send_all(socket->get(), request, Clock::now() + std::chrono::seconds(5),
+                           std::span(two).first(count)));
+      ::shutdown(socket->get(), SHUT_WR);
+      LineReader reader(socket->get(), 1 << 20);
+      EXPECT_THAT(reader.next(Clock::now() + std::chrono::seconds(5)).value_or("(closed)"),
+                  HasSubstr("\"class\":\"bad-argument\""))
+          << request;
+      EXPECT_FALSE(reader.next(Clock::now() + std::chrono::seconds(5))) << "until it hangs up";
+    }
+    for (int i = 0; i < 200 && count_open() != before; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_EQ(count_open(), before) << request;
+  }
+}
+
 TEST_F(ControlTest, ErrorsKeepTheirCode) {
   SaveOptions options;
   options.name = "x";
@@ -178,6 +343,15 @@ TEST_F(ControlTest, SurvivesHostileInput) {
       "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"buffers\":1}}\n",
       "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"direct\":\"maybe\"}}\n",
       "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"colour\":\"red\"}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"layout\":\"best\"}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"layout\":1}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"channels\":65}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"channels\":4294967297}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"sparse-bitmap\":true}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"name\":\"x\",\"to\":\"file:/f\"}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"to\":\"file:/f\",\"replace\":true}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"to\":\"exec:cat\"}}\n",
+      "{\"execute\":\"save\",\"arguments\":{\"to\":5}}\n",
       "{\"execute\":\"fly\"}\n",
       std::string(20'000, '[') + "\n",
   };

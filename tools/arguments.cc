@@ -1,0 +1,137 @@
+// See arguments.h.
+#include "tools/arguments.h"
+
+#include <climits>
+#include <map>
+
+#include "tools/format.h"
+
+namespace qvmstate::tools {
+
+namespace {
+
+constexpr size_t buffers_max = 1024;
+
+const std::map<std::string, Format> formats = {{"human", Format::human}, {"json", Format::json}};
+const std::map<std::string, io::DirectMode> direct_modes = {
+    {"auto", io::DirectMode::automatic}, {"on", io::DirectMode::on}, {"off", io::DirectMode::off}};
+const std::map<std::string, io::Engine> engines = {{"auto", io::Engine::automatic},
+                                                   {"io_uring", io::Engine::uring},
+                                                   {"threads", io::Engine::threads}};
+const std::map<std::string, qemu::SaveLayout> layouts = {
+    {"auto", qemu::SaveLayout::automatic},
+    {"legacy", qemu::SaveLayout::legacy},
+    {"mapped-ram", qemu::SaveLayout::mapped_ram}};
+
+/// Lower numbers are stdin, stdout and stderr.
+constexpr int passed_descriptor_min = 3;
+
+template <class T>
+void add_choice(CLI::App &app, const std::string &option, T &target,
+                const std::map<std::string, T> &choices, const std::string &help) {
+  std::string words;
+  for (const auto &[word, value] : choices) {
+    words += (words.empty() ? "" : "|") + word;
+  }
+  app.add_option(option, target, help)
+      ->type_name(words)
+      ->transform([words, choices](std::string word) {
+        const auto found = choices.find(word);
+        if (found == choices.end()) {
+          throw CLI::ValidationError("'" + word + "' is not one of " + words);
+        }
+        return std::to_string(static_cast<int>(found->second));
+      });
+}
+
+void add_target(CLI::App &save, qemu::SaveOptions &options) {
+  save.add_option("--to", options.to,
+                  "Instead of a snapshot: file:PATH (replaced as a whole), file:PATH,offset=N "
+                  "(written from there on), file:/dev/fdset/N, fd[,offset=N]")
+      ->check([](const std::string &text) {
+        return text.empty() ? std::string("is empty; give file:PATH") : std::string();
+      })
+      ->type_name("TARGET");
+  save.add_option("--fd", options.fd,
+                  "Open descriptor of the target, without O_DIRECT; with --direct-fd")
+      ->check(CLI::Range(passed_descriptor_min, INT_MAX))
+      ->type_name("N");
+  save.add_option("--direct-fd", options.direct_fd,
+                  "Open descriptor of the same file, with O_DIRECT; with --fd")
+      ->check(CLI::Range(passed_descriptor_min, INT_MAX))
+      ->type_name("N");
+  add_choice(save, "--layout", options.layout, layouts,
+             "How RAM lies in the state: page after page, or each page at its place");
+  save.add_option("--channels", options.channels, "Threads that write at the same time")
+      ->check(CLI::Range(1U, qemu::channels_max))
+      ->type_name("N");
+  save.add_flag("--sparse-bitmap", options.sparse_bitmap,
+                "With mapped-ram: leave holes in the bitmap of pages");
+}
+
+}  // namespace
+
+CLI::Option *add_qmp(CLI::App &app, std::string &target) {
+  return app.add_option("--qmp", target, "QMP socket of the running QEMU (-qmp unix:SOCK,...)")
+      ->type_name("SOCK");
+}
+
+void add_name(CLI::App &app, std::string &target) {
+  app.add_option("NAME", target, "Name of the snapshot")->required()->type_name("");
+}
+
+void add_format(CLI::App &app, Format &target) {
+  add_choice(app, "--format", target, formats, "How to print; json: one event a line");
+}
+
+void add_save(CLI::App &app, SaveCommand &command) {
+  CLI::App *save =
+      app.add_subcommand("save", "Save the state of a running VM into its own qcow2 or a file");
+  save->add_option("NAME", command.options.name, "Name of the snapshot; none with --to and --fd")
+      ->type_name("");
+  CLI::Option_group *where = save->add_option_group("which VM");
+  add_qmp(*where, command.qmp);
+  where->add_option("--control", command.control, "Control socket of the plugin in QEMU")
+      ->type_name("SOCK");
+  where->require_option(1);
+  save->add_flag("--replace", command.options.replace,
+                 "Take the place of a snapshot of that name, once the new one is there");
+  save->add_option("--vmstate-node", command.options.vmstate_node,
+                   "Block node for the state; default: the one that loadvm looks at first")
+      ->type_name("NODE");
+  add_choice(*save, "--direct", command.options.direct, direct_modes,
+             "Bypass the page cache (O_DIRECT)");
+  add_choice(*save, "--engine", command.options.engine, engines, "What does the file I/O");
+  save->add_option("--limit-rate",
+                   "Bytes written per second at most: 500000, 10M, 1.5G (powers of 1024)")
+      ->type_name("RATE")
+      ->each([&command](const std::string &text) {
+        const Result<uint64_t> rate = parse_rate(text);
+        if (!rate) {
+          throw CLI::ValidationError(rate.error().message);
+        }
+        command.options.rate_limit_bytes_per_second = *rate;
+      });
+  save->add_option("--buffers", command.options.buffers, "Number of 1 MiB buffers")
+      ->check(CLI::Range(io::buffer_count_min, buffers_max))
+      ->type_name("N");
+  add_target(*save, command.options);
+  add_format(*save, command.format);
+  save->add_flag("-q,--quiet", command.quiet, "No progress and no summary; with json only the end");
+  save->footer(
+      "Examples:\n"
+      "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save nightly --replace --limit-rate 200M --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save --to file:/backup/vm.state --layout mapped-ram --qmp /run/vm/qmp.sock");
+  save->final_callback([&command] {
+    qemu::SaveOptions &options = command.options;
+    if (options.to.empty() && (options.fd >= 0 || options.direct_fd >= 0)) {
+      options.to = "fd";
+    }
+    if (const Result<void> checked = qemu::check_save_options(options); !checked) {
+      throw CLI::ValidationError(checked.error().message);
+    }
+  });
+}
+
+}  // namespace qvmstate::tools
