@@ -7,14 +7,14 @@
 
 #include <algorithm>
 #include <csignal>
-#include <functional>
-#include <optional>
 
-#include "plugin/qemu/guardian.h"
 #include "plugin/qemu/handover.h"
 #include "plugin/qemu/live_vm.h"
 #include "plugin/qemu/preflight.h"
+#include "plugin/qemu/save_file.h"
 #include "plugin/qemu/save_state.h"
+#include "plugin/qemu/save_target.h"
+#include "plugin/qemu/stopped_vm.h"
 #include "qcow2/image_set.h"
 #include "qcow2/suitability.h"
 #include "vmstate/device_sections.h"
@@ -23,19 +23,6 @@ namespace qvmstate::qemu {
 namespace {
 
 constexpr uint64_t device_bytes_expected = 16 * mib;
-
-double seconds_between(Clock::time_point from, Clock::time_point to) {
-  return std::chrono::duration<double>(to - from).count();
-}
-
-Result<void> check_seat(const LiveVm &vm, Seat seat) {
-  if (seat == Seat::plugin && vm.pid != ::getpid()) {
-    return fail(ErrorCode::bad_argument, "the plugin's qmp= socket '" + vm.qmp_path +
-                                             "' belongs to process " + std::to_string(vm.pid) +
-                                             ", not to this QEMU; give it this QEMU's own -qmp");
-  }
-  return {};
-}
 
 /// Index of the disk that gets the vmstate.
 Result<size_t> choose_vmstate_disk(const LiveVm &vm, const std::string &node,
@@ -60,12 +47,7 @@ Result<size_t> choose_vmstate_disk(const LiveVm &vm, const std::string &node,
               "no writable qcow2 disk has the node name '" + node + "'; there are " + known);
 }
 
-/// An upper bound: touched pages with their headers, a ZERO record for each other one.
-uint64_t stream_bytes_max(uint64_t touched_bytes, uint64_t ram_bytes) {
-  return touched_bytes + ram_bytes / 4096 * 9;
-}
-
-Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_bytes) {
+Result<void> check_space(const Disk &disk, const RamEstimate &ram) {
   struct stat status;
   struct statvfs space;
   if (::fstat(disk.image.get(), &status) != 0 || !S_ISREG(status.st_mode) ||
@@ -74,7 +56,7 @@ Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_
   }
   const uint64_t blocks = ::geteuid() == 0 ? space.f_bfree : space.f_bavail;
   const uint64_t free_bytes = blocks * space.f_frsize;
-  const uint64_t needed_bytes = touched_bytes + (ram_bytes / 4096) * 9 + device_bytes_expected;
+  const uint64_t needed_bytes = stream_bytes_max(ram) + device_bytes_expected;
   if (needed_bytes > free_bytes) {
     return fail(ErrorCode::no_space,
                 describe(disk) + ": the snapshot may need " + std::to_string(needed_bytes / mib) +
@@ -82,23 +64,6 @@ Result<void> check_space(const Disk &disk, uint64_t touched_bytes, uint64_t ram_
                     " MiB; make room or choose another --vmstate-node");
   }
   return {};
-}
-
-struct RamEstimate {
-  uint64_t touched_bytes = 0;  ///< so far
-  uint64_t total_bytes = 0;
-};
-
-/// Also opens it once, which can be refused.
-Result<RamEstimate> look_at_ram(LiveVm &vm, Seat seat, SaveReport &report) {
-  QV_ASSIGN(const std::vector<GuestRam> ram, open_ram(vm, seat));
-  for (const std::string &warning : ram.front().map->warnings()) {
-    report.warnings.push_back(warning);
-  }
-  RamEstimate estimate;
-  QV_ASSIGN(estimate.touched_bytes, ram.front().map->touched_bytes());
-  estimate.total_bytes = vmstate::total_bytes(ram.front().source->blocks());
-  return estimate;
 }
 
 /// Everything that can be refused while the guest still runs.
@@ -118,7 +83,7 @@ Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, si
     QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
   }
   QV_ASSIGN(const RamEstimate ram, look_at_ram(vm, seat, report));
-  QV_TRY(check_space(vm.disks[vmstate_disk], ram.touched_bytes, ram.total_bytes));
+  QV_TRY(check_space(vm.disks[vmstate_disk], ram));
   return ram;
 }
 
@@ -134,16 +99,6 @@ struct SaveContext {
   unsigned channels;
   SaveReport &report;
 };
-
-void report_stats(const vmstate::StreamStats &stats, io::File &writer, SaveReport &report) {
-  report.ram_bytes = stats.ram_bytes;
-  report.data_pages = stats.data_pages;
-  report.zero_pages = stats.zero_pages;
-  report.untouched_pages = stats.untouched_pages;
-  report.vmstate_bytes = stats.stream_bytes;
-  report.copied_bytes = stats.copied_bytes;
-  report.io_engine = writer.backend().name() + (writer.backend().direct() ? " direct" : "");
-}
 
 /// The guest stands and the images are ours until this returns.
 Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> device_bytes) {
@@ -194,8 +149,7 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   };
   qcow2::VmstateArea &area = transaction->vmstate();
   if (context.channels == 0) {
-    transaction->expect_stream_bytes(
-        stream_bytes_max(context.ram.touched_bytes, context.ram.total_bytes) + device_bytes.size());
+    transaction->expect_stream_bytes(stream_bytes_max(context.ram) + device_bytes.size());
   } else {
     area.expect_fixed_bytes(context.ram.touched_bytes);
   }
@@ -236,7 +190,7 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
                    seconds_between(context.begin, Clock::now())});
   QV_TRY(transaction->commit(stats.stream_bytes));
 
-  report_stats(stats, target.channels.empty() ? file : *target.channels.front(), report);
+  report_stats(stats, target, report);
   for (size_t i = 0; i < images.size(); ++i) {
     const bool has_vmstate = i == context.vmstate_disk;
     const uint64_t bytes = has_vmstate ? written_bytes() : owned.file(i).bytes_written();
@@ -247,67 +201,20 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   return {};
 }
 
-/// Runs `work` on images that are ours, between stop and give back, under the guardian.
-/// The first error is the one reported; a failed give back is added to it.
-Result<double> while_stopped(LiveVm &vm, const Observer &observer, const std::string &what,
-                             Seat seat, HandoverKind kind, Clock::time_point begin,
-                             const std::function<Result<void>(std::span<const std::byte>)> &work) {
-  std::optional<Guardian> guardian;
-  if (seat == Seat::attached) {
-    QV_ASSIGN(Guardian started, Guardian::start(*vm.qmp, vm.qmp_path, vm.disks, vm.running));
-    guardian.emplace(std::move(started));
-  }
-  Handover handover(*vm.qmp, vm.disks, vm.running, kind);
-  QV_TRY(handover.mark(what));
-  QV_TRY(check_cancelled(observer));
-  const auto stop_begin = Clock::now();
-  auto work_on_it = [&]() -> Result<void> {
-    QV_TRY(handover.stop());
-    report_progress(observer, {"stopped", 0, 0, 0, seconds_between(begin, Clock::now())});
-    QV_TRY(check_state(*vm.qmp));
-    QV_TRY(handover.take());
-    return work(handover.device_bytes());
-  };
-  Result<void> done = work_on_it();
-  report_progress(observer, {"resuming", 0, 0, 0, seconds_between(begin, Clock::now())});
-  auto back = handover.give_back();
-  if (!back) {
-    if (guardian) {
-      guardian->hand_over();
-    }
-    if (done) {
-      return tl::unexpected(back.error());
-    }
-    done.error().message += "; and giving the images back: " + back.error().message;
-  }
-  QV_TRY(done);
-  return seconds_between(stop_begin, Clock::now());
-}
-
 /// A write past a file size limit shall fail, not kill.
 void ignore_size_limit_signal() {
   ::signal(SIGXFSZ, SIG_IGN);
 }
 
-}  // namespace
-
-Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
-                        const Observer &observer, Seat seat) {
-  const auto begin = Clock::now();
+Result<SaveReport> save_snapshot(LiveVm &vm, const SaveOptions &options, const Observer &observer,
+                                 Seat seat, Clock::time_point begin) {
   const bool mapped_ram = options.layout == SaveLayout::mapped_ram;
-  SaveReport report;
-  report.name = options.name;
-  report.source = seat == Seat::plugin ? "plugin" : "attach";
-  report.layout = mapped_ram ? "mapped-ram" : "legacy";
-  report_progress(observer, {"looking", 0, 0, 0, 0});
-  QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
-  QV_TRY(check_seat(vm, seat));
+  SaveReport report = begin_report(vm, options, seat);
   QV_TRY(look_at(vm));
   QV_ASSIGN(const Machine machine,
             check_machine(*vm.qmp, vm.pid,
                           mapped_ram ? Purpose::mapped_ram_snapshot : Purpose::legacy_snapshot));
   report.machine_type = machine.type;
-  report.qemu_version = vm.qmp->version();
   report.was_running = vm.running;
   if (mapped_ram && !vm.qmp->is_at_least(10, 2)) {
     report.warnings.push_back("QEMU " + report.qemu_version +
@@ -323,7 +230,6 @@ Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
     }
   }
   const unsigned channels = channels_for(options, ram.total_bytes);
-  report.channels = std::max(1U, channels);
   SaveContext context = {vm,   options, observer, machine,  vmstate_disk,
                          seat, begin,   ram,      channels, report};
   QV_ASSIGN(report.pause_seconds,
@@ -333,6 +239,20 @@ Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
                           }));
   report.total_seconds = seconds_between(begin, Clock::now());
   return report;
+}
+
+}  // namespace
+
+Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
+                        const Observer &observer, Seat seat) {
+  const auto begin = Clock::now();
+  GivenDescriptors given(options);  // first of all: its numbers would be used again
+  QV_TRY(check_save_options(options));
+  report_progress(observer, {"looking", 0, 0, 0, 0});
+  QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
+  QV_TRY(check_seat(vm, seat));
+  return options.to.empty() ? save_snapshot(vm, options, observer, seat, begin)
+                            : save_file(vm, options, given, observer, seat, begin);
 }
 
 Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::string &name,

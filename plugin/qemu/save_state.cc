@@ -6,6 +6,7 @@
 #include <optional>
 #include <thread>
 
+#include "plugin/qemu/stopped_vm.h"
 #include "qcow2/io/stream_buffer.h"
 #include "vmstate/legacy_writer.h"
 #include "vmstate/mapped_ram_writer.h"
@@ -18,10 +19,6 @@ constexpr milliseconds rate_slice{50};
 // One thread fills about 2 GiB/s through process_vm_readv; four do for the fastest disks.
 constexpr unsigned channels_default_max = 4;
 constexpr uint64_t ram_bytes_per_channel_min = 64 * mib;
-
-double seconds_between(Clock::time_point from, Clock::time_point to) {
-  return std::chrono::duration<double>(to - from).count();
-}
 
 /// Follows the stream: progress, cancelling, rate.
 class Pace {
@@ -138,6 +135,44 @@ unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes) {
   const uint64_t of_use = std::max<uint64_t>(1, ram_bytes / ram_bytes_per_channel_min);
   return static_cast<unsigned>(
       std::min<uint64_t>(of_use, std::clamp<unsigned>(count, 1, channels_default_max)));
+}
+
+Result<RamEstimate> look_at_ram(LiveVm &vm, Seat seat, SaveReport &report) {
+  QV_ASSIGN(const std::vector<GuestRam> ram, open_ram(vm, seat));
+  for (const std::string &warning : ram.front().map->warnings()) {
+    report.warnings.push_back(warning);
+  }
+  RamEstimate estimate;
+  QV_ASSIGN(estimate.touched_bytes, ram.front().map->touched_bytes());
+  estimate.total_bytes = vmstate::total_bytes(ram.front().source->blocks());
+  return estimate;
+}
+
+uint64_t stream_bytes_max(const RamEstimate &ram) {
+  return ram.touched_bytes + ram.total_bytes / 4096 * 9;
+}
+
+SaveReport begin_report(const LiveVm &vm, const SaveOptions &options, Seat seat) {
+  SaveReport report;
+  report.name = options.name;
+  report.source = seat == Seat::plugin ? "plugin" : "attach";
+  report.layout = options.layout == SaveLayout::mapped_ram ? "mapped-ram" : "legacy";
+  report.qemu_version = vm.qmp->version();
+  return report;
+}
+
+void report_stats(const vmstate::StreamStats &stats, const StateTarget &target,
+                  SaveReport &report) {
+  report.ram_bytes = stats.ram_bytes;
+  report.data_pages = stats.data_pages;
+  report.zero_pages = stats.zero_pages;
+  report.untouched_pages = stats.untouched_pages;
+  report.vmstate_bytes = stats.stream_bytes;
+  report.copied_bytes = stats.copied_bytes;
+  report.channels = std::max<unsigned>(1, target.channels.size());
+  const io::Backend &backend =
+      (target.channels.empty() ? *target.file : *target.channels.front()).backend();
+  report.io_engine = backend.name() + (backend.direct() ? " direct" : "");
 }
 
 Result<vmstate::StreamStats> write_state(const StateTarget &target, const Machine &machine,

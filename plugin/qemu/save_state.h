@@ -35,6 +35,21 @@ struct StateTarget {
   bool all_pages_present = false;       ///< see MappedRamOptions
 };
 
+struct RamEstimate {
+  uint64_t touched_bytes = 0;  ///< so far
+  uint64_t total_bytes = 0;
+};
+/// While the guest runs. Opens its RAM once, which can be refused; warnings go into the report.
+Result<RamEstimate> look_at_ram(LiveVm &vm, Seat seat, SaveReport &report);
+
+/// An upper bound of the stream's bytes that are written: touched pages with their headers, a ZERO
+/// record for each other one.
+uint64_t stream_bytes_max(const RamEstimate &ram);
+
+/// What is known at the begin.
+SaveReport begin_report(const LiveVm &vm, const SaveOptions &options, Seat seat);
+void report_stats(const vmstate::StreamStats &stats, const StateTarget &target, SaveReport &report);
+
 /// Returns what was written once it all is; nothing is in flight then, nor after an error. RAM is
 /// one source for each channel, or one. `pools` gets the buffers, which must outlive the files.
 Result<vmstate::StreamStats> write_state(const StateTarget &target, const Machine &machine,
