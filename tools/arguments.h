@@ -13,6 +13,8 @@ namespace qvmstate::tools {
 CLI::Option *add_qmp(CLI::App &app, std::string &target);
 void add_name(CLI::App &app, std::string &target);
 void add_format(CLI::App &app, Format &target);
+void add_direct(CLI::App &app, io::DirectMode &target);
+void add_engine(CLI::App &app, io::Engine &target);
 
 /// The subcommand save. `command` outlives the parsing.
 void add_save(CLI::App &app, SaveCommand &command);

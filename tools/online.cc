@@ -161,6 +161,7 @@ int run_load(const LoadCommand &command) {
     return finish("load", to_line({{"event", "completed"},
                                    {"operation", "load"},
                                    {"name", report->name},
+                                   {"layout", report->layout},
                                    {"running", report->running},
                                    {"seconds", report->seconds}}));
   }

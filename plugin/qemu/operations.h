@@ -118,10 +118,12 @@ Result<DeleteReport> delete_live(const std::string &qmp_path, const std::string 
 
 struct LoadReport {
   std::string name;
+  std::string layout;  ///< "legacy" or "mapped-ram"; empty: could not be seen
   bool running = false;
   double seconds = 0;
 };
-/// QEMU's own loadvm, with the errors it reports.
+/// QEMU's own loadvm, with the errors it reports, and with the migration capabilities that the
+/// snapshot's layout needs, which are as before afterwards.
 Result<LoadReport> load(const std::string &qmp_path, const std::string &name);
 
 struct ResumeReport {
