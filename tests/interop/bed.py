@@ -94,6 +94,12 @@ def cases(*rows, quick=None):
     return decorate
 
 
+def full_only(function):
+    """For a test that a --quick run leaves out."""
+    function.full_only = True
+    return function
+
+
 def held_locks(path):
     """Which of QEMU's lock bytes of a writer somebody holds on this file."""
     held = []

@@ -15,6 +15,9 @@ PAGES_ALIGN = 1 << 20
 RAM_SECTION = b"\x03ram" + struct.pack(">II", 0, 4)  # name, instance, version
 MAPPED_HEADER = ">IQQQ"  # version, page size, offset of the bitmap, offset of the pages
 RAM_FLAG_MEM_SIZE, RAM_FLAG_EOS = 0x04, 0x10
+ODD_MAIN_KIB = 102500
+EXTRA_KIB_OF_VIRT = 90 << 10
+ODD_DIMM_BYTES = (128 << 20) + 21 * vm.PAGE
 Block = collections.namedtuple("Block", "name size page_size bitmap pages")
 
 # A way of QEMU to read or write a file: channels 0 is without multifd.
@@ -93,15 +96,38 @@ def cold_capability(guest):
 def overwrite_zero_pages(guest, state, name):
     """Puts a byte into each page of a block that was zero in a state of the stopped VM, where a load
     that skips zero pages leaves it; returns the number of these pages."""
-    zero = hash(bytes(vm.PAGE))
     address = next(address for block, _, address in guest.ram_blocks() if block == name)
     count = 0
     with open(f"/proc/{guest.pid}/mem", "rb+", buffering=0) as memory:
         for page, found in enumerate(state.pieces[f"block {name}"].sums):
-            if found == zero:
+            if found == vm.ZERO_PAGE:
                 os.pwrite(memory.fileno(), b"\xa5stale page", address + page * vm.PAGE)
                 count += 1
     return count
+
+
+def set_odd_memory(guest, size):
+    """RAM that ends within a MiB, a cluster and a word of the bitmap. QEMU wants main memory in
+    multiples of 8 KiB, a DIMM in those of the pages of its file. size: "main", "dimm", or "round"
+    for a plain number of MiB."""
+    kib = ODD_MAIN_KIB + (EXTRA_KIB_OF_VIRT if guest.machine.arch == "aarch64" else 0)
+    main = "100M" if size == "round" else f"{kib}K"
+    guest.memory_options = ["-m", main]
+    if size == "dimm":
+        guest.memory_options = ["-m", f"{main},slots=2,maxmem=1G", "-object",
+                                f"memory-backend-memfd,id=dimm0,size={ODD_DIMM_BYTES}",
+                                "-device", "pc-dimm,id=dimm0-device,memdev=dimm0"]
+    guest.kernel_options = "qvm.mem=24"
+
+
+def used_bytes(state, unit_bytes):
+    """Of RAM in units of so many bytes, those that hold a page that is not zero."""
+    pages = max(1, unit_bytes // vm.PAGE)
+    total = 0
+    for piece in state.pieces.values():
+        total += sum(any(page != vm.ZERO_PAGE for page in piece.sums[at:at + pages])
+                     for at in range(0, len(piece.sums), pages))
+    return total * pages * vm.PAGE
 
 
 class MappedFile:

@@ -438,6 +438,9 @@ def read_at(memory, address, size):
     return data
 
 
+ZERO_PAGE = hash(bytes(PAGE))  # as it is in the sums of a piece
+
+
 class Piece:
     """A fingerprint of a piece of memory: 64 bits a page, which also tell where two differ."""
 
