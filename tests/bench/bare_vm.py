@@ -9,8 +9,10 @@ import subprocess
 import threading
 import time
 
+import mapped
 from qmp import Qmp
 
+PAGE = 4096
 LOADED_AT_MIB = 16  # above what the firmware uses
 FIRMWARE_SECONDS = 4
 SOCKET_PATH_MAX = 107
@@ -53,7 +55,7 @@ class BareVM:
     """Make it in a fresh folder state: images are made anew by start()."""
 
     def __init__(self, qemu, folder, ram_mib, random_files, cache="none", plugin=None,
-                 metadata_disk_gib=0):
+                 metadata_disk_gib=0, all_random=True):
         self.qemu = qemu
         self.folder = folder
         self.ram_mib = ram_mib
@@ -61,6 +63,7 @@ class BareVM:
         self.cache = cache
         self.plugin = plugin
         self.metadata_disk_gib = metadata_disk_gib
+        self.all_random = all_random
         self.process = None
         self.qmp = None
 
@@ -77,6 +80,14 @@ class BareVM:
     @property
     def images(self):
         return [self.image] + ([self.path("large.qcow2")] if self.metadata_disk_gib else [])
+
+    @property
+    def state_file(self):
+        """Where a save that does not go into the image goes."""
+        return self.path("state.mig")
+
+    def written_files(self):
+        return self.images + ([self.state_file] if os.path.exists(self.state_file) else [])
 
     def blockdev(self, node, path):
         file = {"driver": "file", "filename": self.qemu.inner(path)}
@@ -134,11 +145,17 @@ class BareVM:
             return file.read()[-500:].strip()
 
     def allocated_bytes(self):
-        return sum(os.stat(image).st_blocks * 512 for image in self.images)
+        return sum(os.stat(path).st_blocks * 512 for path in self.written_files())
 
-    def sync_images(self):
-        for image in self.images:
-            descriptor = os.open(image, os.O_RDONLY)
+    def cpu_seconds(self):
+        """Of QEMU so far, all its threads together."""
+        with open(f"/proc/{self.process.pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def sync_files(self):
+        for path in self.written_files():
+            descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
 
@@ -154,10 +171,44 @@ class BareVM:
             return None
         return times["RESUME"] - times["STOP"]
 
+    def set_migration(self, channels=None, mapped=False):
+        """How QEMU writes from now on; channels: those of multifd, with O_DIRECT."""
+        states = {"mapped-ram": mapped, "multifd": channels is not None}
+        self.qmp.execute("migrate-set-capabilities", capabilities=[
+            {"capability": name, "state": state} for name, state in states.items()])
+        if channels is not None:
+            self.qmp.execute("migrate-set-parameters", multifd_channels=channels, direct_io=True,
+                             max_bandwidth=1 << 40)
+
+    def migrate_to_file(self):
+        """QEMU's own way to have the state in a file and go on. Returns when the guest runs."""
+        self.qmp.execute("migrate", uri=f"file:{self.qemu.inner(self.state_file)}")
+        deadline = time.monotonic() + 600
+        while True:
+            info = self.qmp.execute("query-migrate")
+            if info.get("status") == "completed":
+                break
+            if info.get("status") in ("failed", "cancelled") or time.monotonic() > deadline:
+                raise RuntimeError(f"migrate: {info.get('error-desc', info.get('status'))}")
+            time.sleep(0.002)
+        self.qmp.execute("cont")
+
+    def check_file(self):
+        """That each block of RAM is in the file, and how many pages of all are stored."""
+        file = mapped.MappedFile(self.state_file)
+        pages = sum(sum(file.bits(block)) for block in file.blocks)
+        data = sum(mib for _, mib in self.random_files) << 20
+        if file.blocks[0].size != self.ram_mib << 20:
+            raise RuntimeError(f"{self.state_file}: the first block is {file.blocks[0]}")
+        if self.all_random and pages * PAGE < data:
+            raise RuntimeError(f"{self.state_file}: {pages} pages are stored, of {data // PAGE}")
+
     def check(self, snapshot):
-        """QEMU's word, after quit(), that the images are clean and hold the snapshot."""
+        """QEMU's word, after quit(), that the images are clean and hold the snapshot, if any."""
         for image in self.images:
             self.qemu.img("check", "-q", self.qemu.inner(image))
+        if snapshot is None:
+            return
         listed = self.qemu.img("snapshot", "-l", self.qemu.inner(self.image)).stdout
         if snapshot not in listed.split():
             raise RuntimeError(f"qemu-img does not list snapshot {snapshot}: {listed.strip()}")

@@ -4,17 +4,22 @@
 In each round every contestant runs once, in an order that turns from round to round: fio, QEMU's own
 savevm, and qvmstate. Each run has a fresh image and a fresh QEMU, starts with synced disks and (as
 root) an empty page cache, and ends with an fsync of the image, which is part of its time. Rates are
-bytes that the image grew by, over the seconds of the whole command. "of fio" compares with the mean
-of the same round's fio runs, at its start and end. Numbers in the tables are medians.
+bytes that the image or the file grew by, over the seconds of the whole command. "of fio" compares
+with the mean of the fio runs before and after, among which each round's contestants are spread. CPU
+seconds are those of the process that does the work, a GiB of RAM that is not zero. Numbers in the
+tables are medians.
 
 Prints Markdown; build/bench.json gets every single number. Exit status: 0 all bars passed, 1 not."""
 
 import argparse
+import collections
 import contextlib
 import json
 import os
 import platform
+import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -29,24 +34,69 @@ SOURCE = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 
 import qemus  # noqa: E402  (found through the path set above)
-from bare_vm import LOADED_AT_MIB, BareVM, PeakMemory, status_kib  # noqa: E402
+from bare_vm import LOADED_AT_MIB, PAGE, BareVM, PeakMemory, status_kib  # noqa: E402
+from qmp import QmpError  # noqa: E402
 
 RANDOM_FILE_MIB = 1024
 MIB = 1 << 20
 FIO_RATIO_MIN = 0.85
 LARGE_RATIO_MAX = 1.5
 MEMORY_MIB_MAX = 32
-# (key, kind, QEMU, cache mode of the drive)
+# What zero pages may cost, of a guest without any: the time of those in one piece, of scattered
+# ones, and the space of both.
+ZERO_RATIO_MAX = {"contiguous": 1 / 5, "scattered": 1 / 2}
+ZERO_SPACE_MAX = 1 / 5
+ZERO_PERCENT = 90
+SCATTER_SEED = 20
+CHANNELS = 2
+CHANNELS_SWEPT = (1, 4)
+FIO_GROUP = 8  # contestants between two runs of fio
+# kind: savevm and migrate are QEMU's own, plugin and attach ours; to: the image, or a file beside it;
+# content: of the RAM, all random or 90 % zero pages.
+Contestant = collections.namedtuple("Contestant", "key kind qemu cache layout to channels content",
+                                    defaults=("none", "legacy", "image", CHANNELS, "random"))
+
+
+def mapped_ram(key, kind, **options):
+    return Contestant(f"mapped-ram-{key}", kind, "newest", layout="mapped-ram", **options)
+
+
+OURS_MAPPED = [mapped_ram(f"{kind}-{to}", kind, to=to) for to in ("image", "file")
+               for kind in ("plugin", "attach")]
+MIGRATE = mapped_ram("migrate", "migrate", to="file")
+SAVEVM = mapped_ram("savevm", "savevm")
+ZERO = [ours._replace(key=f"{ours.key}-{content}", content=content) for ours in OURS_MAPPED
+        for content in ZERO_RATIO_MAX]
+SWEEP = [ours._replace(key=f"{ours.key}-channels-{channels}", channels=channels)
+         for ours in OURS_MAPPED if ours.kind == "attach" for channels in CHANNELS_SWEPT]
 CONTESTANTS = [
-    ("savevm-host-none", "savevm", "host", "none"),
-    ("savevm-host-writeback", "savevm", "host", "writeback"),
-    ("savevm-newest-none", "savevm", "newest", "none"),
-    ("savevm-newest-writeback", "savevm", "newest", "writeback"),
-    ("plugin-host", "plugin", "host", "none"),
-    ("plugin-newest", "plugin", "newest", "none"),
-    ("attach-10.0", "attach", "10.0", "none"),
-    ("attach-newest", "attach", "newest", "none"),
+    Contestant("savevm-host-none", "savevm", "host"),
+    Contestant("savevm-host-writeback", "savevm", "host", "writeback"),
+    Contestant("savevm-newest-none", "savevm", "newest"),
+    Contestant("savevm-newest-writeback", "savevm", "newest", "writeback"),
+    Contestant("plugin-host", "plugin", "host"),
+    Contestant("plugin-newest", "plugin", "newest"),
+    Contestant("attach-10.0", "attach", "10.0"),
+    Contestant("attach-newest", "attach", "newest"),
+    *OURS_MAPPED, MIGRATE, SAVEVM, *ZERO, *SWEEP,
 ]
+OURS = ("plugin", "attach")
+ALL_CASES = "main,large,metadata,serializer"
+
+
+def compared_with(contestant):
+    """Keys of the contestants without whose numbers this one's bars cannot be told."""
+    if contestant.layout != "mapped-ram" or contestant.kind not in OURS:
+        return set()
+    return {f"{contestant.kind}-newest", f"mapped-ram-{contestant.kind}-{contestant.to}",
+            MIGRATE.key, SAVEVM.key}
+
+
+def choose(text):
+    """The contestants whose key has the text, and those they are compared with."""
+    chosen = [contestant for contestant in CONTESTANTS if text in contestant.key]
+    keys = {contestant.key for contestant in chosen}.union(*map(compared_with, chosen))
+    return [contestant for contestant in CONTESTANTS if contestant.key in keys]
 
 
 def parse_size_mib(text):
@@ -62,6 +112,17 @@ def quiet_machine():
     if os.geteuid() == 0:
         with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
             file.write("3\n")
+
+
+def one_mib(content, place, chance):
+    """A MiB of RAM; place: where it is, from 0 to 1."""
+    used = 1 - ZERO_PERCENT / 100
+    if content == "random" or (content == "contiguous" and place < used):
+        return os.urandom(MIB)
+    if content == "contiguous":
+        return bytes(MIB)
+    return b"".join(os.urandom(PAGE) if chance.random() < used else bytes(PAGE)
+                    for _ in range(MIB // PAGE))
 
 
 class Bench:
@@ -91,16 +152,17 @@ class Bench:
             return name
         return "{}.{}".format(*self.qemus[name].version)
 
-    def random_files(self, mib):
+    def random_files(self, mib, content="random"):
         """Together `mib` MiB; QEMU 7.2 cannot load 2 GiB from one file."""
         paths = []
+        chance = random.Random(SCATTER_SEED)
         for index, done in enumerate(range(0, mib, RANDOM_FILE_MIB)):
             size = min(RANDOM_FILE_MIB, mib - done)
-            paths.append((os.path.join(self.folder, f"random-{index}-{size}.bin"), size))
+            paths.append((os.path.join(self.folder, f"{content}-{index}-{size}.bin"), size))
             if not os.path.exists(paths[-1][0]):
                 with open(paths[-1][0], "wb") as file:
-                    for _ in range(size):
-                        file.write(os.urandom(MIB))
+                    for at in range(done, done + size):
+                        file.write(one_mib(content, at / mib, chance))
         return paths
 
     def measure_idle(self):
@@ -154,8 +216,11 @@ class Bench:
             raise RuntimeError(f"qvmstate {' '.join(arguments)}: {error.strip()[-500:]}")
         return json.loads(out.strip().splitlines()[-1]), kib
 
-    def save(self, vm, kind, name):
+    def save(self, vm, contestant, name):
         """One measured save of a started VM."""
+        kind, mapped = contestant.kind, contestant.layout == "mapped-ram"
+        if mapped and kind not in OURS:
+            vm.set_migration(contestant.channels if kind == "migrate" else None, mapped=True)
         quiet_machine()
         before = vm.allocated_bytes()
         vm.qmp.execute("query-status")
@@ -164,35 +229,49 @@ class Bench:
             file.write("5\n")  # the peak counts from here
         resident = status_kib(vm.process.pid, "VmRSS")
         report = kib = None
+        cpu = vm.cpu_seconds() if kind != "attach" else children_cpu_seconds()
         start = time.monotonic()
         if kind == "savevm":
             vm.qmp.hmp_quiet(f"savevm {name}", timeout=600)
-        elif kind == "plugin":
-            report, _ = self.run_qvmstate(["save", name, "--control", vm.path("control.sock")])
+        elif kind == "migrate":
+            vm.migrate_to_file()
         else:
-            report, kib = self.run_qvmstate(["save", name, "--qmp", vm.path("tool.sock")])
-        vm.sync_images()
+            report, kib = self.run_qvmstate(self.save_arguments(vm, contestant, name))
+        vm.sync_files()
         seconds = time.monotonic() - start
-        if kib is None:
-            memory_kib = status_kib(vm.process.pid, "VmHWM") - resident
-        else:
+        cpu = (vm.cpu_seconds() if kind != "attach" else children_cpu_seconds()) - cpu
+        if kind == "attach":
             memory_kib = kib - self.idle_kib
+        else:
+            memory_kib = status_kib(vm.process.pid, "VmHWM") - resident
         written = vm.allocated_bytes() - before
         return {"seconds": seconds, "bytes": written, "rate": written / seconds,
-                "pause": vm.pause_seconds(), "memory_mib": memory_kib / 1024, "report": report}
+                "pause": vm.pause_seconds(), "memory_mib": memory_kib / 1024, "report": report,
+                "cpu_per_gib": cpu * 1024 / sum(mib for _, mib in vm.random_files)}
 
-    def run_vm(self, kind, qemu_name, cache="none", ram_mib=None, random_mib=None, saves=1,
-               metadata_disk_gib=0):
+    def save_arguments(self, vm, contestant, name):
+        where = (["--control", vm.path("control.sock")] if contestant.kind == "plugin" else
+                 ["--qmp", vm.path("tool.sock")])
+        what = [name] if contestant.to == "image" else ["--to", f"file:{vm.state_file}"]
+        how = (["--layout", contestant.layout, "--channels", str(contestant.channels)]
+               if contestant.layout == "mapped-ram" else [])
+        return ["save", *what, *where, *how]
+
+    def run_vm(self, contestant, ram_mib=None, random_mib=None, saves=1, metadata_disk_gib=0):
         """Starts a VM, saves it, has QEMU check the result; returns one measurement a save."""
         random_mib = random_mib or self.options.ram
-        vm = BareVM(self.qemus[qemu_name], os.path.join(self.folder, "vm"),
-                    ram_mib or random_mib + LOADED_AT_MIB, self.random_files(random_mib), cache,
-                    self.plugin if kind == "plugin" else None, metadata_disk_gib)
+        vm = BareVM(self.qemus[contestant.qemu], os.path.join(self.folder, "vm"),
+                    ram_mib or random_mib + LOADED_AT_MIB,
+                    self.random_files(random_mib, contestant.content), contestant.cache,
+                    self.plugin if contestant.kind == "plugin" else None, metadata_disk_gib,
+                    contestant.content == "random")
         try:
             vm.start()
-            runs = [self.save(vm, kind, f"bench{number}") for number in range(saves)]
+            runs = [self.save(vm, contestant, f"bench{number}") for number in range(saves)]
             vm.quit()
-            vm.check("bench0")
+            vm.check("bench0" if contestant.to == "image" else None)
+            if contestant.to == "file":
+                vm.check_file()
             return runs
         finally:
             vm.quit()
@@ -200,6 +279,12 @@ class Bench:
 
     def clean_up(self):
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def children_cpu_seconds():
+    """Of all processes that ended and were waited for so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def progress(text):
@@ -227,30 +312,34 @@ def collect_main(bench, rounds, wanted):
     problems = {}
     contestants = []
     for contestant in wanted:
-        if contestant[2] in bench.missing:
-            problems[contestant[0]] = f"skipped: {bench.missing[contestant[2]]}"
+        if contestant.qemu in bench.missing:
+            problems[contestant.key] = f"skipped: {bench.missing[contestant.qemu]}"
         else:
             contestants.append(contestant)
-            runs[contestant[0]] = []
+            runs[contestant.key] = []
     for number in range(rounds):
         order = contestants[number % len(contestants):] + contestants[:number % len(contestants)]
-        first = bench.run_fio()
-        measured = {}
-        for key, kind, qemu, cache in order:
-            if key in problems:
-                continue
-            progress(f"round {number + 1} of {rounds}: {key}")
-            try:
-                measured[key] = bench.run_vm(kind, qemu, cache)[0]
-            except (RuntimeError, OSError, TimeoutError) as error:
-                problems[key] = f"failed: {error}"
-                progress(problems[key])
         last = bench.run_fio()
-        fio = {field: (first[field] + last[field]) / 2 for field in first}
-        runs["fio"].append(fio)
-        for key, run in measured.items():
-            run["of_fio"] = run["rate"] / fio["rate"]
-            runs[key].append(run)
+        for at in range(0, len(order), FIO_GROUP):
+            first = last
+            measured = {}
+            for contestant in order[at:at + FIO_GROUP]:
+                key = contestant.key
+                if key in problems:
+                    continue
+                progress(f"round {number + 1} of {rounds}: {key}")
+                try:
+                    measured[key] = bench.run_vm(contestant)[0]
+                except (RuntimeError, OSError, TimeoutError, ValueError, QmpError) as error:
+                    problems[key] = f"failed: {error}"
+                    progress(problems[key])
+            last = bench.run_fio()
+            fio = {field: (first[field] + last[field]) / 2 for field in first}
+            runs["fio"].append(fio)
+            for key, run in measured.items():
+                run["of_fio"] = run["rate"] / fio["rate"]
+                run["round"] = number
+                runs[key].append(run)
     return runs, problems
 
 
@@ -291,28 +380,40 @@ def where_time_went(runs, fio_rate):
             f"start and end of the process {seconds - total:.2f} s; {reports[0]['io-engine']}")
 
 
+def title_of(bench, contestant):
+    release = f"QEMU {bench.release(contestant.qemu)}"
+    cache = f", cache={contestant.cache}"
+    mapped = ", mapped-ram" if contestant.layout == "mapped-ram" else ""
+    if contestant.kind == "migrate":
+        return f"`migrate file:`, {release}{mapped}, multifd, direct-io"
+    if contestant.kind == "savevm":
+        return f"`savevm`, {release}{mapped or cache}"
+    to = " to a file" if contestant.to == "file" else ""
+    return f"`qvmstate save`{to}, {contestant.kind}, {release}{mapped}"
+
+
 def report_main(bench, runs, problems, wanted, bars):
-    print(row("", "seconds", "MiB/s", "of fio", "guest paused", "memory above idle"))
-    print(row("---", "---:", "---:", "---:", "---:", "---:"))
+    print(row("", "seconds", "MiB/s", "of fio", "guest paused", "memory above idle", "CPU s/GiB"))
+    print(row("---", "---:", "---:", "---:", "---:", "---:", "---:"))
     fio_rate = median(runs["fio"], "rate")
     print(row("fio, the disk itself", number(median(runs["fio"], "seconds")),
-              number(fio_rate / MIB, "{:.0f}"), "100 %", "", ""))
+              number(fio_rate / MIB, "{:.0f}"), "100 %", "", "", ""))
     details = []
-    for key, kind, qemu, cache in wanted:
-        release = bench.release(qemu)
-        title = (f"`qvmstate save`, {kind}, QEMU {release}" if kind != "savevm" else
-                 f"`savevm`, QEMU {release}, cache={cache}")
+    for contestant in wanted:
+        key, title = contestant.key, title_of(bench, contestant)
         mine = runs.get(key)
+        if problems.get(key, "").startswith("failed"):
+            bars.add(False, f"{key}: {problems[key]}")
+        if contestant in ZERO + SWEEP:
+            continue  # in tables of their own
         if key in problems or not mine:
-            print(row(title, problems.get(key, "no run"), "", "", "", ""))
-            if problems.get(key, "").startswith("failed"):
-                bars.add(False, f"{title}: {problems[key]}")
+            print(row(title, problems.get(key, "no run"), "", "", "", "", ""))
             continue
         ratio, memory = median(mine, "of_fio"), max(run["memory_mib"] for run in mine)
         print(row(title, number(median(mine, "seconds")), number(median(mine, "rate") / MIB, "{:.0f}"),
                   f"{100 * ratio:.0f} %", number(median(mine, "pause"), "{:.2f} s"),
-                  f"{memory:.1f} MiB"))
-        if kind != "savevm":
+                  f"{memory:.1f} MiB", number(median(mine, "cpu_per_gib"))))
+        if contestant.kind in OURS:
             why = where_time_went(mine, fio_rate)
             details.append(f"- {title}: {why}")
             bars.add(ratio >= FIO_RATIO_MIN, f"{title}: {100 * ratio:.0f} % of fio, at least "
@@ -321,6 +422,82 @@ def report_main(bench, runs, problems, wanted, bars):
                      f"{title}: {memory:.1f} MiB above idle, at most {MEMORY_MIB_MAX} MiB wanted")
     if details:
         print("\nWhere the time went:\n\n" + "\n".join(details))
+
+
+def ratio_of(runs, key, other, field):
+    """The median over the rounds that have both; None without one."""
+    others = {run["round"]: run[field] for run in runs.get(other, [])}
+    ratios = [run[field] / others[run["round"]] for run in runs.get(key, [])
+              if others.get(run["round"])]
+    return statistics.median(ratios) if ratios else None
+
+
+def percent(ratio):
+    return number(ratio and 100 * ratio, "{:.0f} %")
+
+
+def report_mapped_ram(bench, runs, wanted, bars):
+    """What the mapped-ram layout is for, against QEMU's own ways and our legacy one, round by round."""
+    ours = [contestant for contestant in wanted if contestant in OURS_MAPPED]
+    if not ours:
+        return
+    print(f"\nThe mapped-ram layout, {CHANNELS} channels, rates and CPU against others:\n")
+    print(row("", "of QEMU's `migrate file:`", "of QEMU's `savevm` with it", "CPU of our legacy's"))
+    print(row("---", "---:", "---:", "---:"))
+    for contestant in ours:
+        title, key = title_of(bench, contestant), contestant.key
+        migrate, savevm = (ratio_of(runs, key, other.key, "rate") for other in (MIGRATE, SAVEVM))
+        cpu = ratio_of(runs, key, f"{contestant.kind}-newest", "cpu_per_gib")
+        print(row(title, percent(migrate), percent(savevm), percent(cpu)))
+        if migrate is not None:
+            bars.add(migrate >= 1, f"{title}: {percent(migrate)} of QEMU's file migration, at least "
+                     "100 % wanted")
+        if cpu is not None:
+            bars.add(cpu < 1, f"{title}: {percent(cpu)} of the CPU seconds of the legacy layout, "
+                     "less than 100 % wanted")
+
+
+def report_zero_pages(bench, runs, wanted, bars):
+    chosen = [contestant for contestant in wanted if contestant in ZERO and runs.get(contestant.key)]
+    if not chosen:
+        return
+    print(f"\n{ZERO_PERCENT} % touched zero pages, against the same guest without any:\n")
+    print(row("", "zero pages", "seconds", "of the time", "allocated", "of the space"))
+    print(row("---", "---", "---:", "---:", "---:", "---:"))
+    for contestant in chosen:
+        content, title = contestant.content, title_of(bench, contestant)
+        full = contestant.key.removesuffix(f"-{content}")
+        mine = runs[contestant.key]
+        seconds, space = (ratio_of(runs, contestant.key, full, field) for field in
+                          ("seconds", "bytes"))
+        print(row(title, content, number(median(mine, "seconds")), percent(seconds),
+                  number(median(mine, "bytes") / MIB, "{:.0f} MiB"), percent(space)))
+        if seconds is None:
+            continue
+        most = ZERO_RATIO_MAX[content]
+        bars.add(seconds <= most, f"{title}, {content} zero pages: {percent(seconds)} of the time of "
+                 f"a full guest, at most {percent(most)} wanted")
+        bars.add(space <= ZERO_SPACE_MAX, f"{title}, {content} zero pages: {percent(space)} of the "
+                 f"space of a full guest, at most {percent(ZERO_SPACE_MAX)} wanted")
+
+
+def report_channels(bench, runs, wanted):
+    bases = [contestant for contestant in wanted if contestant.kind == "attach" and
+             contestant in OURS_MAPPED]
+    swept = [contestant for contestant in wanted if contestant in SWEEP and runs.get(contestant.key)]
+    if not swept:
+        return
+    print("\nMore or fewer channels:\n")
+    print(row("", "channels", "seconds", "MiB/s", "of fio", "CPU s/GiB"))
+    print(row("---", "---:", "---:", "---:", "---:", "---:"))
+    order = sorted(bases + swept, key=lambda contestant: (contestant.to != "image",
+                                                          contestant.channels))
+    for contestant in order:
+        mine = runs.get(contestant.key)
+        if mine:
+            print(row(title_of(bench, contestant), contestant.channels,
+                      number(median(mine, "seconds")), number(median(mine, "rate") / MIB, "{:.0f}"),
+                      percent(median(mine, "of_fio")), number(median(mine, "cpu_per_gib"))))
 
 
 def large_guest(bench, rounds, bars):
@@ -339,7 +516,8 @@ def large_guest(bench, rounds, bars):
         for i in range(rounds):
             for name, ram in (("small", touched + LOADED_AT_MIB), ("large", large)):
                 progress(f"large guest, round {i + 1} of {rounds}: {kind} {qemu} {name}")
-                runs[name] += bench.run_vm(kind, qemu, ram_mib=ram, random_mib=touched)
+                runs[name] += bench.run_vm(Contestant("large", kind, qemu), ram_mib=ram,
+                                           random_mib=touched)
         small, big = median(runs["small"], "seconds"), median(runs["large"], "seconds")
         memory = max(run["memory_mib"] for run in runs["large"])
         title = f"{kind}, QEMU {bench.release(qemu)}"
@@ -357,10 +535,11 @@ def metadata_disk(bench, rounds, bars):
     disk_gib = 10 if bench.options.quick else 100
     random_mib = 256
     runs = {"without": [], "first": [], "second": []}
+    attach = Contestant("metadata", "attach", "newest")
     for i in range(rounds):
         progress(f"metadata disk, round {i + 1} of {rounds}")
-        runs["without"] += bench.run_vm("attach", "newest", random_mib=random_mib)
-        first, second = bench.run_vm("attach", "newest", random_mib=random_mib, saves=2,
+        runs["without"] += bench.run_vm(attach, random_mib=random_mib)
+        first, second = bench.run_vm(attach, random_mib=random_mib, saves=2,
                                      metadata_disk_gib=disk_gib)
         runs["first"].append(first)
         runs["second"].append(second)
@@ -405,16 +584,17 @@ def main():
     parser.add_argument("--rounds", type=int, help="5 unless told")
     parser.add_argument("--ram", type=parse_size_mib, help="of the guest: 2G unless told")
     parser.add_argument("--quick", action="store_true", help="2 rounds, 512M, smaller cases")
-    parser.add_argument("--only", default="", metavar="TEXT", help="contestants whose name has this")
-    parser.add_argument("--cases", default="main,large,metadata,serializer")
+    parser.add_argument("--only", default="", metavar="TEXT", help="contestants whose name has this, "
+                        "and those they are compared with; only the main case unless told")
+    parser.add_argument("--cases", help=f"{ALL_CASES} unless told")
     parser.add_argument("--fio-engine", default="io_uring")
     options = parser.parse_args()
     # An end from outside, too, ends QEMU and removes the files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.ram = options.ram or (512 if options.quick else 2048)
-    wanted = [contestant for contestant in CONTESTANTS if options.only in contestant[0]]
-    cases = options.cases.split(",")
+    wanted = choose(options.only)
+    cases = (options.cases or ("main" if options.only else ALL_CASES)).split(",")
     if not wanted or options.rounds < 1:
         parser.error("nothing to measure")
     bench = Bench(options)
@@ -434,6 +614,9 @@ def main():
             print(f"{options.ram} MiB of incompressible RAM, medians of {options.rounds} rounds:\n")
             results["main"], results["problems"] = collect_main(bench, options.rounds, wanted)
             report_main(bench, results["main"], results["problems"], wanted, bars)
+            report_mapped_ram(bench, results["main"], wanted, bars)
+            report_zero_pages(bench, results["main"], wanted, bars)
+            report_channels(bench, results["main"], wanted)
         if "large" in cases:
             results["large"] = large_guest(bench, options.rounds, bars)
         if "metadata" in cases and "newest" not in bench.missing:

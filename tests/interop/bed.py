@@ -94,6 +94,12 @@ def cases(*rows, quick=None):
     return decorate
 
 
+def full_only(function):
+    """For a test that a --quick run leaves out."""
+    function.full_only = True
+    return function
+
+
 def held_locks(path):
     """Which of QEMU's lock bytes of a writer somebody holds on this file."""
     held = []
@@ -189,10 +195,37 @@ class BedTest(unittest.TestCase):
         self.assertEqual(report["source"], "plugin" if machine.plugin else "attach")
         return report
 
-    def refused(self, args, *words):
+    def save_to(self, machine, target, *flags, **options):
+        """Saves into a file outside of the VM's images; returns the report."""
+        out = self.tool(*self.save_to_args(machine, "--to", target, "--format", "json", "--quiet",
+                                           *flags), **options)
+        report = json.loads(out.strip().splitlines()[-1])
+        self.assertEqual(report["source"], "plugin" if machine.plugin else "attach")
+        return report
+
+    def save_to_args(self, machine, *flags):
+        args = self.save_args(machine, "", *flags)
+        args.remove("")
+        return args
+
+    def assert_extracts(self, expected, *source):
+        """What `extract` makes of each block of a snapshot or file is the RAM of that state."""
+        out = os.path.join(self.folder, "block")
+        for name, piece in expected.pieces.items():
+            block = name.removeprefix("block ")
+            self.tool("extract", *source, "--as", "block", block, "-o", out)
+            with open(out, "rb") as file:
+                found = vm.Piece(file.read())
+            self.assert_same_state(vm.State("", {name: piece}), vm.State("", {name: found}))
+            os.unlink(out)
+
+    def info_layout(self, *source):
+        return json.loads(self.tool("info", *source, "--format", "json"))["layout"]
+
+    def refused(self, args, *words, **options):
         """Runs the command, which must refuse: status 1, nothing on stdout, one line on stderr that
         has each of the words (in any case)."""
-        done = self.run_tool(*args)
+        done = self.run_tool(*args, **options)
         text = f"qvmstate {' '.join(args)}: status {done.returncode}\n{done.stdout}{done.stderr}"
         self.assertEqual(done.returncode, 1, text)
         self.assertEqual(done.stdout, "", text)

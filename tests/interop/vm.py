@@ -104,6 +104,7 @@ class VM:
         self.folder = folder
         self.machine = MACHINES[machine]
         self.memory = memory
+        self.memory_options = None  # a test's own, in place of those of a kind of memory
         self.disks = make_disks(qemu, folder) if disks is None else disks
         self.plugin = plugin
         self.accel = accel
@@ -156,6 +157,8 @@ class VM:
         return f"memory-backend-file,{size},mem-path={self.qemu.inner(file)},share={share}"
 
     def memory_arguments(self):
+        if self.memory_options is not None:
+            return self.memory_options
         if self.second_block == "numa":
             return ["-m", "256M", "-object", self.memory_backend("mem0", 192), "-object",
                     self.memory_backend("mem1", 64), "-numa", "node,memdev=mem0",
@@ -172,7 +175,7 @@ class VM:
                     "-device", "pc-dimm,id=dimm0-device,memdev=dimm0"]
         return out
 
-    def arguments(self, loadvm, paused):
+    def arguments(self, loadvm, paused, incoming=None):
         machine = self.machine
         console = machine.console
         append = (f"console={console} quiet loglevel=3 panic=-1 mitigations=off swiotlb=noforce "
@@ -199,11 +202,13 @@ class VM:
         out += self.extra
         if loadvm:
             out += ["-loadvm", loadvm]
+        if incoming:
+            out += ["-incoming", incoming]
         if paused:
             out += ["-S"]
         return out
 
-    def start(self, loadvm=None, paused=False, wait=True, boot_timeout=90):
+    def start(self, loadvm=None, paused=False, wait=True, boot_timeout=90, incoming=None):
         """Starts QEMU; waits for the guest to be ready unless it is paused, loaded or wait=False."""
         for name in ("test.sock", "tool.sock", "plugin.sock", "control.sock", "console.sock"):
             if os.path.exists(self.path(name)):
@@ -217,7 +222,7 @@ class VM:
                     with open(source, "rb") as data, open(self.path(name), "wb") as copy:
                         copy.write(data.read())
         command = self.qemu.command(self.qemu.system(self.machine.arch),
-                                    *self.arguments(loadvm, paused))
+                                    *self.arguments(loadvm, paused, incoming))
         self.starts += 1
         with open(self.path("command.txt"), "a", encoding="utf-8") as log:
             log.write(" ".join(f"'{word}'" for word in command) + "\n")
@@ -236,7 +241,7 @@ class VM:
                     raise
         self.console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.console.connect(self.path("console.sock"))
-        if wait and not loadvm and not paused:
+        if wait and not loadvm and not paused and not incoming:
             self.wait_console(rb"@start (READY|FAILED)[^\n]*\n", boot_timeout)
             if b"@start READY" not in self.console_text:
                 raise GuestError(f"the guest did not start: {self.console_tail()}")
@@ -431,6 +436,9 @@ def read_at(memory, address, size):
             raise RuntimeError(f"/proc/PID/mem ends at {address + len(data):#x}")
         data += got
     return data
+
+
+ZERO_PAGE = hash(bytes(PAGE))  # as it is in the sums of a piece
 
 
 class Piece:
