@@ -122,8 +122,8 @@ Result<ClusterReader::Run> ClusterReader::unit_at(GuestOffset offset) const {
 
 /// From `offset` on, as far as the kind stays the same; with `in_one_piece`, data only as far as it
 /// is contiguous in the file, and one compressed cluster.
-Result<ClusterReader::Run> ClusterReader::run_at(GuestOffset offset, uint64_t bytes_max,
-                                                 bool in_one_piece) {
+Result<ClusterReader::Run> ClusterReader::merged_run_at(GuestOffset offset, uint64_t bytes_max,
+                                                        bool in_one_piece) {
   QV_TRY(load_l2(offset));
   const uint64_t span_bytes = image_->geometry().span_bytes();
   const uint64_t bytes_to_span_end = span_bytes - offset.value % span_bytes;
@@ -142,7 +142,7 @@ Result<ClusterReader::Run> ClusterReader::run_at(GuestOffset offset, uint64_t by
 }
 
 Result<ClusterReader::Extent> ClusterReader::extent_at(GuestOffset offset) {
-  QV_ASSIGN(const Run run, run_at(offset, UINT64_MAX, false));
+  QV_ASSIGN(const Run run, merged_run_at(offset, UINT64_MAX, false));
   return Extent{run.kind, run.bytes};
 }
 
@@ -179,7 +179,12 @@ Result<void> ClusterReader::inflate_cluster(uint64_t entry) {
   return {};
 }
 
-Result<void> ClusterReader::read(GuestOffset offset, std::span<std::byte> to) {
+Result<ClusterReader::Run> ClusterReader::run_at(GuestOffset offset, uint64_t bytes_max) {
+  QV_TRY(check_readable());
+  return merged_run_at(offset, bytes_max, true);
+}
+
+Result<void> ClusterReader::check_readable() const {
   const Header &header = image_->header();
   if (header.crypt_method != 0) {
     return fail(ErrorCode::not_supported,
@@ -189,8 +194,13 @@ Result<void> ClusterReader::read(GuestOffset offset, std::span<std::byte> to) {
     return fail(ErrorCode::not_supported,
                 image_->name() + ": keeps its data in an external file, which cannot be read");
   }
+  return {};
+}
+
+Result<void> ClusterReader::read(GuestOffset offset, std::span<std::byte> to) {
+  QV_TRY(check_readable());
   while (!to.empty()) {
-    QV_ASSIGN(const Run run, run_at(offset, to.size(), true));
+    QV_ASSIGN(const Run run, merged_run_at(offset, to.size(), true));
     const auto part = to.first(run.bytes);
     switch (run.kind) {
       case ClusterKind::unallocated:
@@ -251,6 +261,11 @@ Result<void> VmstateReader::read(StreamOffset offset, std::span<std::byte> to) {
 Result<ClusterReader::Extent> VmstateReader::extent_at(StreamOffset offset) {
   QV_ASSIGN(const GuestOffset guest, locate(offset, 1));
   return reader_.extent_at(guest);
+}
+
+Result<ClusterReader::Run> VmstateReader::run_at(StreamOffset offset, uint64_t bytes_max) {
+  QV_ASSIGN(const GuestOffset guest, locate(offset, bytes_max));
+  return reader_.run_at(guest, bytes_max);
 }
 
 }  // namespace qvmstate::qcow2

@@ -33,18 +33,22 @@ class ClusterReader {
     uint64_t bytes;
   };
   Result<Extent> extent_at(GuestOffset offset);
-
- private:
-  /// Guest bytes that an Extent covers and, for data, where they lie in one piece.
+  /// Guest bytes of one kind and, for data, where in the file they lie in one piece (perhaps past
+  /// its end, where zeros are to be read); of compressed ones, at most a cluster.
   struct Run {
     ClusterKind kind;
     uint64_t bytes;
     HostOffset host;
     uint64_t entry;  ///< of the cluster that the run starts in
   };
+  /// From `offset` on, at most `bytes_max` (> 0). Refuses what read() refuses.
+  Result<Run> run_at(GuestOffset offset, uint64_t bytes_max);
+
+ private:
+  Result<void> check_readable() const;
   Result<void> load_l2(GuestOffset offset);
   Result<Run> unit_at(GuestOffset offset) const;
-  Result<Run> run_at(GuestOffset offset, uint64_t bytes_max, bool in_one_piece);
+  Result<Run> merged_run_at(GuestOffset offset, uint64_t bytes_max, bool in_one_piece);
   Result<void> inflate_cluster(uint64_t entry);
 
   const Image *image_;
@@ -67,6 +71,8 @@ class VmstateReader {
   uint64_t mapped_bytes() const;
   Result<void> read(StreamOffset offset, std::span<std::byte> to);
   Result<ClusterReader::Extent> extent_at(StreamOffset offset);
+  /// As ClusterReader::run_at(); the range must be mapped.
+  Result<ClusterReader::Run> run_at(StreamOffset offset, uint64_t bytes_max);
 
  private:
   /// The guest offset of a range that the snapshot maps, or bad_stream.

@@ -9,7 +9,6 @@
 #include <set>
 #include <utility>
 
-#include "qcow2/cluster_reader.h"
 #include "qcow2/image.h"
 #include "qcow2/image_set.h"
 #include "qcow2/io/file.h"
@@ -17,6 +16,7 @@
 #include "qcow2/suitability.h"
 #include "tools/commands.h"
 #include "tools/format.h"
+#include "vmstate/snapshot_source.h"
 #include "vmstate/stream_reader.h"
 
 namespace qvmstate::tools {
@@ -139,22 +139,13 @@ std::string image_info(const qcow2::Image &image, Format format, qcow2::ImageUse
   return text;
 }
 
-class SnapshotStream : public vmstate::StreamSource {
- public:
-  SnapshotStream(const qcow2::Image &image, const qcow2::Snapshot &snapshot)
-      : reader_(image, snapshot) {}
-  Result<void> read(StreamOffset offset, std::span<std::byte> to) override {
-    return reader_.read(offset, to);
-  }
-  uint64_t bytes_max() const override { return reader_.mapped_bytes(); }
-
- private:
-  qcow2::VmstateReader reader_;
-};
+const char *layout_name(vmstate::Layout layout) {
+  return layout == vmstate::Layout::mapped_ram ? "mapped-ram" : "legacy";
+}
 
 std::string stream_text(const vmstate::StreamSummary &stream) {
   std::string text =
-      fmt::format("stream: legacy layout, {}\nmachine type: {}\n",
+      fmt::format("stream: {} layout, {}\nmachine type: {}\n", layout_name(stream.layout),
                   size_and_bytes(stream.stream_bytes), printable(stream.machine_type));
   if (!stream.capabilities.empty()) {
     text += printable(fmt::format("capabilities: {}", fmt::join(stream.capabilities, ", "))) + "\n";
@@ -184,19 +175,21 @@ Json stream_json(const vmstate::StreamSummary &stream) {
                        {"version", device.version},
                        {"size", device.bytes}});
   }
-  Json json = {{"layout", "legacy"},
-               {"size", stream.stream_bytes},
-               {"machine-type", stream.machine_type},
-               {"capabilities", stream.capabilities},
-               {"page-size", stream.page_bytes},
-               {"data-pages", stream.data_pages},
-               {"zero-pages", stream.zero_pages},
-               {"ram-blocks", std::move(blocks)},
+  Json json = {{"layout", layout_name(stream.layout)}, {"size", stream.stream_bytes},
+               {"machine-type", stream.machine_type},  {"capabilities", stream.capabilities},
+               {"page-size", stream.page_bytes},       {"data-pages", stream.data_pages},
+               {"zero-pages", stream.zero_pages},      {"ram-blocks", std::move(blocks)},
                {"devices", std::move(devices)}};
   if (stream.target_page_bits) {
     json["target-page-bits"] = *stream.target_page_bits;
   }
   return json;
+}
+
+Result<vmstate::StreamSummary> read_snapshot(const qcow2::Image &image,
+                                             const qcow2::Snapshot &snapshot) {
+  QV_ASSIGN(const auto source, vmstate::SnapshotSource::create(image, snapshot));
+  return vmstate::read_stream(*source);
 }
 
 int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Format format) {
@@ -208,8 +201,7 @@ int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Fo
                               fmt::format("disk size: {}\nno VM state: disk only\n",
                                           size_and_bytes(snapshot.disk_bytes)));
   }
-  SnapshotStream source(image, snapshot);
-  const Result<vmstate::StreamSummary> stream = vmstate::read_stream(source);
+  const Result<vmstate::StreamSummary> stream = read_snapshot(image, snapshot);
   if (!stream) {
     return report_failure("info",
                           with_context(stream.error(), fmt::format("{}: VM state of snapshot '{}'",

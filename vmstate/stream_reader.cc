@@ -31,8 +31,11 @@ constexpr uint16_t command_packaged = 7;
 /// A moving window over the source: what is taken stands in memory in one piece.
 class Cursor {
  public:
-  explicit Cursor(StreamSource &source)
-      : source_(source), memory_(std::min<uint64_t>(window_bytes, source.bytes_max())) {}
+  /// Precondition: start <= source.bytes_max().
+  Cursor(StreamSource &source, StreamOffset start)
+      : source_(source),
+        memory_(std::min<uint64_t>(window_bytes, source.bytes_max() - start.value)),
+        position_(start.value) {}
 
   uint64_t tell() const { return position_; }
   uint64_t left() const { return source_.bytes_max() - position_; }
@@ -102,12 +105,13 @@ class Cursor {
   std::vector<std::byte> memory_;
   uint64_t start_ = 0;  // stream offset of the window
   size_t filled_ = 0;   // bytes of it that are valid
-  uint64_t position_ = 0;
+  uint64_t position_;
 };
 
 class Reader {
  public:
-  Reader(StreamSource &source, const PageHook &hook) : cursor_(source), hook_(hook) {}
+  Reader(StreamSource &source, const PageHook &hook, StreamOffset start)
+      : source_(source), cursor_(source, start), start_(start), hook_(hook) {}
 
   Result<StreamSummary> read() {
     QV_TRY(read_file_header());
@@ -117,7 +121,7 @@ class Reader {
       if (type == section_eof) {
         cursor_.skip(1);
         QV_TRY(read_vmdescription());
-        summary_.stream_bytes = cursor_.tell();
+        summary_.stream_bytes = StreamOffset(cursor_.tell()) - start_;
         return std::move(summary_);
       }
       QV_TRY(read_section(type));
@@ -206,9 +210,12 @@ class Reader {
       }
       for (uint32_t i = 0; i < count; ++i) {
         QV_ASSIGN(std::string capability, cursor_.take_short_text());
-        // They change the block list. Others change nothing in what is written.
-        if (capability == "mapped-ram" || capability == "x-ignore-shared") {
+        // These two change the block list. Others change nothing in what is written.
+        if (capability == "x-ignore-shared") {
           return not_decoded("RAM saved with the capability " + capability);
+        }
+        if (capability == "mapped-ram") {
+          summary_.layout = Layout::mapped_ram;
         }
         summary_.capabilities.push_back(std::move(capability));
       }
@@ -368,12 +375,94 @@ class Reader {
         return bad("an impossible list of RAM blocks");
       }
       total_bytes -= used_bytes;
-      summary_.blocks.push_back({std::move(idstr), used_bytes});
+      summary_.blocks.push_back({std::move(idstr), used_bytes, std::nullopt});
+      if (summary_.layout == Layout::mapped_ram) {
+        QV_TRY(read_mapped_header(summary_.blocks.back()));
+      }
+    }
+    return summary_.layout == Layout::mapped_ram ? read_mapped_pages() : Result<void>{};
+  }
+
+  /// Where the pages of a block are. The list goes on behind them.
+  Result<void> read_mapped_header(StreamBlock &block) {
+    QV_ASSIGN(const uint32_t version, cursor_.take_integer<uint32_t>());
+    QV_ASSIGN(const uint64_t page_bytes, cursor_.take_integer<uint64_t>());
+    QV_ASSIGN(const uint64_t bitmap_offset, cursor_.take_integer<uint64_t>());
+    QV_ASSIGN(const uint64_t pages_offset, cursor_.take_integer<uint64_t>());
+    const std::string name = "RAM block \"" + block.idstr + "\"";
+    if (version != mapped_header_version) {
+      return not_decoded("a mapped-ram header of version " + std::to_string(version));
+    }
+    if (page_bytes != summary_.page_bytes) {
+      return bad(name + " in pages of " + std::to_string(page_bytes) + " bytes instead of " +
+                 std::to_string(summary_.page_bytes));
+    }
+    if (block.used_bytes % page_bytes != 0) {
+      return bad(name + " with a part of a page");
+    }
+    // Header, bitmap and pages follow one another, so none lies over another.
+    const uint64_t bitmap_bytes = mapped_bitmap_bytes(block.used_bytes / page_bytes);
+    QV_TRY(check_region(name + ": its bitmap", bitmap_offset, bitmap_bytes, cursor_.tell()));
+    QV_TRY(check_region(name + ": its pages", pages_offset, block.used_bytes,
+                        bitmap_offset + bitmap_bytes));
+    if (pages_offset % page_bytes != 0) {
+      return bad(name + " whose pages do not begin at a multiple of their size");
+    }
+    block.mapped = {page_bytes, StreamOffset(bitmap_offset), StreamOffset(pages_offset)};
+    cursor_.skip(pages_offset + block.used_bytes - cursor_.tell());
+    return {};
+  }
+
+  Result<void> check_region(const std::string &what, uint64_t offset, uint64_t bytes,
+                            uint64_t least) const {
+    const uint64_t end = source_.bytes_max();
+    if (offset < least) {
+      return bad(what + " at byte " + std::to_string(offset) +
+                 " where something else is already, up to byte " + std::to_string(least));
+    }
+    if (offset > end || bytes > end - offset) {
+      return bad(what + ", " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset) +
+                 ", past the " + std::to_string(end) + " that there are (cut short?)");
+    }
+    return {};
+  }
+
+  Result<void> read_mapped_pages() {
+    for (size_t i = 0; i < summary_.blocks.size(); ++i) {
+      const StreamBlock &block = summary_.blocks[i];
+      MappedBlockMap map(source_, *block.mapped, block.used_bytes);
+      for (uint64_t offset = 0; offset < block.used_bytes;) {
+        QV_ASSIGN(const MappedRun run, map.run_at(offset, block.used_bytes - offset));
+        const uint64_t pages = run.bytes / summary_.page_bytes;
+        (run.has_data ? summary_.data_pages : summary_.zero_pages) += pages;
+        if (hook_) {
+          QV_TRY(report_mapped_run(i, offset, run));
+        }
+        offset += run.bytes;
+      }
+    }
+    return {};
+  }
+
+  Result<void> report_mapped_run(size_t block, uint64_t offset, const MappedRun &run) {
+    const uint64_t page_bytes = summary_.page_bytes;
+    for (uint64_t done = 0; done < run.bytes; done += page_bytes) {
+      const uint64_t in_piece = done % window_bytes;
+      if (run.has_data && in_piece == 0) {
+        piece_.resize(std::min<uint64_t>(window_bytes, run.bytes - done));
+        QV_TRY(source_.read(summary_.blocks[block].mapped->pages_offset + offset + done, piece_));
+      }
+      QV_TRY(hook_(block, offset + done, page_bytes,
+                   run.has_data ? std::span(piece_).subspan(in_piece, page_bytes)
+                                : std::span<const std::byte>()));
     }
     return {};
   }
 
   Result<void> read_page(uint64_t flags, uint64_t offset) {
+    if (summary_.layout == Layout::mapped_ram) {
+      return bad("a page record in a mapped-ram stream");
+    }
     if ((flags & ram_continue) == 0) {
       QV_ASSIGN(const std::string idstr, cursor_.take_short_text());
       const auto block = block_by_idstr_.find(idstr);
@@ -425,19 +514,27 @@ class Reader {
     return {};
   }
 
+  StreamSource &source_;
   Cursor cursor_;
+  StreamOffset start_;
   const PageHook &hook_;
   StreamSummary summary_;
   std::optional<uint32_t> ram_id_;
   std::unordered_map<std::string, size_t> block_by_idstr_;
   static constexpr size_t no_block = SIZE_MAX;
-  size_t block_ = no_block;  // of the record before, for CONTINUE
+  size_t block_ = no_block;       // of the record before, for CONTINUE
+  std::vector<std::byte> piece_;  // of the pages of a mapped-ram block
 };
 
 }  // namespace
 
-Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook) {
-  return Reader(source, hook).read();
+Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook, StreamOffset start) {
+  if (start.value > source.bytes_max()) {
+    return fail(ErrorCode::bad_stream, "vmstate stream: would begin at byte " +
+                                           std::to_string(start.value) + ", past the end at byte " +
+                                           std::to_string(source.bytes_max()));
+  }
+  return Reader(source, hook, start).read();
 }
 
 }  // namespace qvmstate::vmstate

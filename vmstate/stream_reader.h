@@ -1,4 +1,4 @@
-// Reads a legacy stream: what `info` shows, and every RAM page for those who want it.
+// Reads a stream of either layout: what `info` shows, and every RAM page for those who want it.
 #pragma once
 
 #include <cstddef>
@@ -11,52 +11,51 @@
 
 #include "qcow2/io/offsets.h"
 #include "qcow2/io/result.h"
+#include "vmstate/mapped_block.h"
+#include "vmstate/stream_source.h"
 
 namespace qvmstate::vmstate {
 
-/// Bytes of a stream by offset; `to` may reach past the stream's end, where bytes are arbitrary
-/// (a vmstate area has no exact end), but not past what can be read at all: then an error.
-class StreamSource {
- public:
-  virtual ~StreamSource() = default;
-  virtual Result<void> read(StreamOffset offset, std::span<std::byte> to) = 0;
-  /// The stream certainly ends at or before this; every byte before it can be read.
-  virtual uint64_t bytes_max() const = 0;
-};
+/// Where the pages are: `legacy`, each in a record of its own; `mapped_ram`, each at its own place.
+enum class Layout : uint8_t { legacy, mapped_ram };
 
 struct StreamBlock {
   std::string idstr;
   uint64_t used_bytes = 0;
+  std::optional<MappedBlock> mapped;  ///< in the layout mapped_ram
 };
 
 struct StreamSection {
   std::string idstr;
   uint32_t instance = 0;
   uint32_t version = 0;
-  uint64_t offset = 0;  ///< of the body
+  uint64_t offset = 0;  ///< of the body, in the source
   uint64_t bytes = 0;   ///< of the body
 };
 
 struct StreamSummary {
+  Layout layout = Layout::legacy;
   std::string machine_type;
   std::optional<uint32_t> target_page_bits;
   std::vector<std::string> capabilities;
   uint64_t page_bytes = 4096;
   std::vector<StreamBlock> blocks;
-  uint64_t data_pages = 0;
+  uint64_t data_pages = 0;  ///< of the layout mapped_ram: pages that are stored
   uint64_t zero_pages = 0;
   std::vector<StreamSection> devices;
   std::string vmdescription;  ///< JSON, empty if the stream has none
-  uint64_t stream_bytes = 0;  ///< exact: to the end of the vmdescription
+  uint64_t stream_bytes = 0;  ///< exact: from the start to the end of the vmdescription
 };
 
-/// Called for each page record in stream order (a later one of the same page supersedes);
-/// `data` is empty for a zero page.
+/// Called for each page record in stream order (a later one of the same page supersedes); in the
+/// layout mapped_ram for each page of each block in order, once. `data` is empty for a zero page,
+/// and otherwise valid during the call.
 using PageHook = std::function<Result<void>(size_t block, uint64_t offset, uint64_t page_bytes,
                                             std::span<const std::byte> data)>;
 
-/// Walks the stream to its end. Refuses by name what it does not decode (XBZRLE, compressed pages,
-/// mapped-ram, postcopy, multifd).
-Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook = {});
+/// Walks the stream that begins at `start` of the source to its end. Refuses by name what it does
+/// not decode (XBZRLE, compressed pages, postcopy, multifd over a network).
+Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook = {},
+                                  StreamOffset start = {});
 
 }  // namespace qvmstate::vmstate
