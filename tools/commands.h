@@ -1,10 +1,13 @@
 // The subcommands: what each is told, and the function that does it and returns the exit status.
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "plugin/qemu/operations.h"
+#include "qcow2/io/file.h"
 #include "tools/output.h"
 
 namespace qvmstate::tools {
@@ -46,12 +49,32 @@ int run_delete_live(const DeleteCommand &command);
 int run_delete_offline(const DeleteCommand &command);
 
 struct ReadCommand {
-  std::string image;
-  std::string name;          ///< info only; empty: the image itself
-  bool force_share = false;  ///< read without locks while a VM writes
+  std::string image;               ///< info: or a migration file
+  std::string name;                ///< info only; empty: the image itself
+  std::optional<uint64_t> offset;  ///< info only: of the stream in a migration file
+  bool force_share = false;        ///< read without locks while a VM writes
   Format format = Format::human;
 };
 int run_list(const ReadCommand &command);
 int run_info(const ReadCommand &command);
+
+// On images that no VM is using, and on migration files (extract.cc).
+
+enum class ExtractKind { block };
+
+struct ExtractCommand {
+  std::string path;
+  std::string name;                ///< of the snapshot; empty: `path` is a migration file
+  std::optional<uint64_t> offset;  ///< of the stream in it
+  ExtractKind kind = ExtractKind::block;
+  std::string block;   ///< name of the RAM block
+  std::string output;  ///< a new file, or "-"
+  unsigned channels = 4;
+  io::DirectMode direct = io::DirectMode::automatic;
+  io::Engine engine = io::Engine::automatic;
+  bool force_share = false;
+  Format format = Format::human;
+};
+int run_extract(const ExtractCommand &command);
 
 }  // namespace qvmstate::tools

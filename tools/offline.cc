@@ -1,7 +1,7 @@
 // Commands on images without QEMU: list, info, and delete of images that no VM uses.
 //
-// list and info hold the lock of a reader, so that no VM starts to write what is being read; with
-// force-share they take none. delete holds the lock of a writer.
+// info also tells about migration files. list and info hold the lock of a reader; delete holds the
+// lock of a writer.
 #include <fmt/format.h>
 #include <sys/stat.h>
 
@@ -16,41 +16,13 @@
 #include "qcow2/suitability.h"
 #include "tools/commands.h"
 #include "tools/format.h"
+#include "tools/state_source.h"
 #include "vmstate/snapshot_source.h"
 #include "vmstate/stream_reader.h"
 
 namespace qvmstate::tools {
 
 namespace {
-
-struct OpenImage {
-  std::unique_ptr<io::File> file;
-  qcow2::ImageLock lock;
-  qcow2::Image image;
-};
-
-Result<OpenImage> open_image(const std::string &path, bool writable, bool locked) {
-  io::OpenOptions options;
-  options.writable = writable;
-  options.direct = io::DirectMode::off;
-  OpenImage opened;
-  QV_ASSIGN(opened.file, io::File::open(path, options));
-  if (locked) {
-    const qcow2::LockRole role =
-        writable ? qcow2::LockRole::writer : qcow2::LockRole::stable_reader;
-    auto lock = qcow2::ImageLock::take(opened.file->descriptors(), role, path);
-    if (!lock) {
-      if (lock.error().code == ErrorCode::locked) {
-        lock.error().message +=
-            writable ? "; on a running VM use --qmp" : "; or read it as it is with --force-share";
-      }
-      return tl::unexpected(std::move(lock).error());
-    }
-    opened.lock = std::move(*lock);
-  }
-  QV_ASSIGN(opened.image, qcow2::Image::open(*opened.file));
-  return opened;
-}
 
 /// Field names as in `qemu-img info --output=json`.
 Json snapshot_json(const qcow2::Snapshot &snapshot) {
@@ -139,13 +111,9 @@ std::string image_info(const qcow2::Image &image, Format format, qcow2::ImageUse
   return text;
 }
 
-const char *layout_name(vmstate::Layout layout) {
-  return layout == vmstate::Layout::mapped_ram ? "mapped-ram" : "legacy";
-}
-
 std::string stream_text(const vmstate::StreamSummary &stream) {
   std::string text =
-      fmt::format("stream: {} layout, {}\nmachine type: {}\n", layout_name(stream.layout),
+      fmt::format("stream: {} layout, {}\nmachine type: {}\n", vmstate::layout_name(stream.layout),
                   size_and_bytes(stream.stream_bytes), printable(stream.machine_type));
   if (!stream.capabilities.empty()) {
     text += printable(fmt::format("capabilities: {}", fmt::join(stream.capabilities, ", "))) + "\n";
@@ -175,10 +143,14 @@ Json stream_json(const vmstate::StreamSummary &stream) {
                        {"version", device.version},
                        {"size", device.bytes}});
   }
-  Json json = {{"layout", layout_name(stream.layout)}, {"size", stream.stream_bytes},
-               {"machine-type", stream.machine_type},  {"capabilities", stream.capabilities},
-               {"page-size", stream.page_bytes},       {"data-pages", stream.data_pages},
-               {"zero-pages", stream.zero_pages},      {"ram-blocks", std::move(blocks)},
+  Json json = {{"layout", vmstate::layout_name(stream.layout)},
+               {"size", stream.stream_bytes},
+               {"machine-type", stream.machine_type},
+               {"capabilities", stream.capabilities},
+               {"page-size", stream.page_bytes},
+               {"data-pages", stream.data_pages},
+               {"zero-pages", stream.zero_pages},
+               {"ram-blocks", std::move(blocks)},
                {"devices", std::move(devices)}};
   if (stream.target_page_bits) {
     json["target-page-bits"] = *stream.target_page_bits;
@@ -186,10 +158,28 @@ Json stream_json(const vmstate::StreamSummary &stream) {
   return json;
 }
 
-Result<vmstate::StreamSummary> read_snapshot(const qcow2::Image &image,
-                                             const qcow2::Snapshot &snapshot) {
-  QV_ASSIGN(const auto source, vmstate::SnapshotSource::create(image, snapshot));
-  return vmstate::read_stream(*source);
+int file_info(const ReadCommand &command) {
+  auto stream = [&]() -> Result<vmstate::StreamSummary> {
+    QV_ASSIGN(StateSource state, StateSource::open({command.image, command.name, command.offset,
+                                                    command.force_share}));
+    auto read = vmstate::read_stream(state.stream(), {}, state.start());
+    if (!read) {
+      return tl::unexpected(with_context(std::move(read).error(), state.name()));
+    }
+    return read;
+  }();
+  if (!stream) {
+    return report_failure("info", stream.error(), command.format);
+  }
+  if (command.format == Format::json) {
+    Json json = {{"filename", command.image}, {"format", "migration"}};
+    json["offset"] = command.offset.value_or(0);
+    json["stream"] = stream_json(*stream);
+    return finish("info", to_line(json));
+  }
+  return finish("info", fmt::format("migration file: {}, stream at byte {}\n",
+                                    printable(command.image), command.offset.value_or(0)) +
+                            stream_text(*stream));
 }
 
 int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Format format) {
@@ -201,7 +191,10 @@ int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Fo
                               fmt::format("disk size: {}\nno VM state: disk only\n",
                                           size_and_bytes(snapshot.disk_bytes)));
   }
-  const Result<vmstate::StreamSummary> stream = read_snapshot(image, snapshot);
+  const auto stream = [&]() -> Result<vmstate::StreamSummary> {
+    QV_ASSIGN(const auto source, vmstate::SnapshotSource::create(image, snapshot));
+    return vmstate::read_stream(*source);
+  }();
   if (!stream) {
     return report_failure("info",
                           with_context(stream.error(), fmt::format("{}: VM state of snapshot '{}'",
@@ -272,6 +265,14 @@ int run_list(const ReadCommand &command) {
 }
 
 int run_info(const ReadCommand &command) {
+  const Result<bool> is_file =
+      is_migration_file({command.image, command.name, command.offset, command.force_share});
+  if (!is_file) {
+    return report_failure("info", is_file.error(), command.format);
+  }
+  if (*is_file) {
+    return file_info(command);
+  }
   const Result<OpenImage> opened = open_image(command.image, false, !command.force_share);
   if (!opened) {
     return report_failure("info", opened.error(), command.format);
@@ -282,16 +283,11 @@ int run_info(const ReadCommand &command) {
         command.force_share ? qcow2::ImageUse::held_by_qemu : qcow2::ImageUse::ours;
     return finish("info", image_info(image, command.format, use));
   }
-  const int index = qcow2::find_snapshot(image.snapshots(), command.name);
-  if (index < 0) {
-    return report_failure("info",
-                          Error{ErrorCode::not_found, 0,
-                                fmt::format("{}: has no snapshot named '{}'; `qvmstate list` shows "
-                                            "what it has",
-                                            command.image, command.name)},
-                          command.format);
+  const Result<const qcow2::Snapshot *> snapshot = named_snapshot(image, command.name);
+  if (!snapshot) {
+    return report_failure("info", snapshot.error(), command.format);
   }
-  return snapshot_info(image, image.snapshots()[static_cast<size_t>(index)], command.format);
+  return snapshot_info(image, **snapshot, command.format);
 }
 
 int run_delete_offline(const DeleteCommand &command) {

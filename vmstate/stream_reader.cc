@@ -110,8 +110,13 @@ class Cursor {
 
 class Reader {
  public:
-  Reader(StreamSource &source, const PageHook &hook, StreamOffset start)
-      : source_(source), cursor_(source, start), start_(start), hook_(hook) {}
+  Reader(StreamSource &source, const PageHook &hook, StreamOffset start,
+         const BlocksHook &blocks_hook)
+      : source_(source),
+        cursor_(source, start),
+        start_(start),
+        hook_(hook),
+        blocks_hook_(blocks_hook) {}
 
   Result<StreamSummary> read() {
     QV_TRY(read_file_header());
@@ -380,6 +385,9 @@ class Reader {
         QV_TRY(read_mapped_header(summary_.blocks.back()));
       }
     }
+    if (blocks_hook_) {
+      QV_TRY(blocks_hook_(summary_));
+    }
     return summary_.layout == Layout::mapped_ram ? read_mapped_pages() : Result<void>{};
   }
 
@@ -518,6 +526,7 @@ class Reader {
   Cursor cursor_;
   StreamOffset start_;
   const PageHook &hook_;
+  const BlocksHook &blocks_hook_;
   StreamSummary summary_;
   std::optional<uint32_t> ram_id_;
   std::unordered_map<std::string, size_t> block_by_idstr_;
@@ -528,13 +537,18 @@ class Reader {
 
 }  // namespace
 
-Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook, StreamOffset start) {
+const char *layout_name(Layout layout) {
+  return layout == Layout::mapped_ram ? "mapped-ram" : "legacy";
+}
+
+Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook, StreamOffset start,
+                                  const BlocksHook &blocks_hook) {
   if (start.value > source.bytes_max()) {
     return fail(ErrorCode::bad_stream, "vmstate stream: would begin at byte " +
                                            std::to_string(start.value) + ", past the end at byte " +
                                            std::to_string(source.bytes_max()));
   }
-  return Reader(source, hook, start).read();
+  return Reader(source, hook, start, blocks_hook).read();
 }
 
 }  // namespace qvmstate::vmstate

@@ -18,6 +18,8 @@ namespace qvmstate::vmstate {
 
 /// Where the pages are: `legacy`, each in a record of its own; `mapped_ram`, each at its own place.
 enum class Layout : uint8_t { legacy, mapped_ram };
+/// "legacy" or "mapped-ram".
+const char *layout_name(Layout layout);
 
 struct StreamBlock {
   std::string idstr;
@@ -53,9 +55,13 @@ struct StreamSummary {
 using PageHook = std::function<Result<void>(size_t block, uint64_t offset, uint64_t page_bytes,
                                             std::span<const std::byte> data)>;
 
-/// Walks the stream that begins at `start` of the source to its end. Refuses by name what it does
-/// not decode (XBZRLE, compressed pages, postcopy, multifd over a network).
+/// Called once, as soon as the RAM blocks are known and before any page: with what was read so far.
+using BlocksHook = std::function<Result<void>(const StreamSummary &so_far)>;
+
+/// Walks the stream that begins at `start` of the source to its end; an error of a hook ends it
+/// early. Refuses by name what it does not decode (XBZRLE, compressed pages, postcopy, multifd over
+/// a network).
 Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook = {},
-                                  StreamOffset start = {});
+                                  StreamOffset start = {}, const BlocksHook &blocks_hook = {});
 
 }  // namespace qvmstate::vmstate

@@ -1,0 +1,74 @@
+// A file that appears under its name only when it is complete: until then it has a temporary name
+// beside it, and goes away if that never happens. What is not written stays a hole.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "qcow2/io/buffer_pool.h"
+#include "qcow2/io/file.h"
+#include "qcow2/io/offsets.h"
+#include "qcow2/io/result.h"
+
+namespace qvmstate::tools {
+
+/// Threads: one. Readable by its owner only: RAM holds secrets.
+class SparseOutput {
+ public:
+  /// Refuses a name that exists.
+  static Result<std::unique_ptr<SparseOutput>> create(const std::string &path, uint64_t bytes);
+  ~SparseOutput();
+  SparseOutput(const SparseOutput &) = delete;
+  SparseOutput &operator=(const SparseOutput &) = delete;
+
+  /// To what io::File::open() takes; stays valid as long as this lives.
+  std::string open_path() const;
+  const std::string &name() const { return path_; }
+  /// Flushes to the disk and gives the file its name. All writers must have finished.
+  Result<void> finish();
+
+ private:
+  SparseOutput(std::string path, std::string temporary, int descriptor)
+      : path_(std::move(path)), temporary_(std::move(temporary)), descriptor_(descriptor) {}
+
+  std::string path_;
+  std::string temporary_;  ///< empty: it has its name
+  int descriptor_;
+};
+
+/// Writes to a SparseOutput asynchronously, bytes that follow one another in one transfer.
+///
+/// Threads: one at a time; several writers may write different ranges of the same output.
+class SparseWriter {
+ public:
+  static Result<std::unique_ptr<SparseWriter>> create(const SparseOutput &output,
+                                                      const io::OpenOptions &options,
+                                                      size_t buffers);
+  ~SparseWriter();
+  SparseWriter(const SparseWriter &) = delete;
+  SparseWriter &operator=(const SparseWriter &) = delete;
+
+  /// Takes a copy. A later write of the same place wins.
+  Result<void> write(uint64_t offset, std::span<const std::byte> data);
+  /// Makes a range zeros again, if any of it was written.
+  Result<void> zero(uint64_t offset, uint64_t bytes);
+  /// Waits until everything is written.
+  Result<void> finish();
+  uint64_t bytes_written() const { return file_->bytes_written(); }
+
+ private:
+  SparseWriter(io::BufferPool pool, std::unique_ptr<io::File> file)
+      : pool_(std::move(pool)), file_(std::move(file)) {}
+  Result<void> flush();
+  Result<void> land_one();
+
+  io::BufferPool pool_;  // before the file, which may have registered the memory
+  std::unique_ptr<io::File> file_;
+  io::Buffer *current_ = nullptr;
+  uint64_t current_offset_ = 0;
+  uint64_t written_end_ = 0;  ///< nothing was written from here on
+};
+
+}  // namespace qvmstate::tools
