@@ -16,6 +16,9 @@ namespace qvmstate::tools {
 
 namespace {
 
+// A smaller hole costs more, in transfers and in extents of the file system, than it saves.
+constexpr uint64_t gap_bytes_max = 32 * kib;
+
 tl::unexpected<Error> exists(const std::string &path) {
   return fail(ErrorCode::exists, path + ": exists already; remove it or choose another name");
 }
@@ -126,6 +129,18 @@ Result<void> SparseWriter::write(uint64_t offset, std::span<const std::byte> dat
     written_end_ = std::max(written_end_, offset);
   }
   return {};
+}
+
+/// How many zeros bring the current buffer up to `offset`, if that is worth it and nothing else was
+/// written there; otherwise 0.
+uint64_t SparseWriter::gap_before(uint64_t offset) const {
+  if (current_ == nullptr) {
+    return 0;
+  }
+  const uint64_t end = current_offset_ + current_->used;
+  const bool fits = end == written_end_ && offset > end && offset - end <= gap_bytes_max &&
+                    offset - end < current_->capacity - current_->used;
+  return fits ? offset - end : 0;
 }
 
 Result<void> SparseWriter::zero(uint64_t offset, uint64_t bytes) {

@@ -1,5 +1,6 @@
 // A file that appears under its name only when it is complete: until then it has a temporary name
-// beside it, and goes away if that never happens. What is not written stays a hole.
+// beside it, and goes away if that never happens. What is not written is a hole, if it is large
+// enough to be worth one.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,8 @@ class SparseOutput {
 
 /// Writes to a SparseOutput asynchronously, bytes that follow one another in one transfer.
 ///
-/// Threads: one at a time; several writers may write different ranges of the same output.
+/// Threads: one at a time. Several writers may write to the same output, in ranges that lie further
+/// apart than 32 KiB or follow one another without a gap: short gaps are written as zeros.
 class SparseWriter {
  public:
   static Result<std::unique_ptr<SparseWriter>> create(const SparseOutput &output,
@@ -61,6 +63,7 @@ class SparseWriter {
  private:
   SparseWriter(io::BufferPool pool, std::unique_ptr<io::File> file)
       : pool_(std::move(pool)), file_(std::move(file)) {}
+  uint64_t gap_before(uint64_t offset) const;
   Result<void> flush();
   Result<void> land_one();
 

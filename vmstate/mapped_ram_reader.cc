@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <string>
 #include <system_error>
@@ -20,6 +21,12 @@ namespace {
 constexpr size_t buffers_total = 64;
 static_assert(buffers_total * 2 * io::buffer_bytes_default <= 128 * mib);
 constexpr size_t buffers_per_channel_max = io::buffer_count_default;
+
+// Reading so many bytes for nothing takes a disk about as long as one more transfer.
+constexpr uint64_t gap_bytes_max = 64 * kib;
+
+// Of one buffer: its pages at their smallest, and zeros that follow them.
+constexpr size_t pieces_max = 2048;
 
 /// Bytes of a block that one channel takes.
 struct Portion {
@@ -97,12 +104,12 @@ class Channel {
   static Result<std::unique_ptr<Channel>> create(size_t number, unsigned channels,
                                                  const StreamSummary &summary,
                                                  std::unique_ptr<StreamSource> source,
-                                                 const ChunkHook &hook) {
+                                                 const ChunkHook &hook, const Stop &stop) {
     const size_t buffers =
         std::clamp(buffers_total / channels, io::buffer_count_min, buffers_per_channel_max);
     QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(buffers, mapped_chunk_bytes));
     auto channel = std::unique_ptr<Channel>(
-        new Channel(number, summary, std::move(pool), std::move(source), hook));
+        new Channel(number, summary, std::move(pool), std::move(source), hook, stop));
     if (channel->file_ != nullptr) {
       channel->file_->backend().register_buffers(channel->pool_.memory());
     }
@@ -110,8 +117,8 @@ class Channel {
   }
 
   /// To the end of the portions, or until something stops it. Nothing is in flight afterwards.
-  Result<void> run(Portions &portions, const Stop &stop) {
-    auto done = read_all(portions, stop);
+  Result<void> run(Portions &portions) {
+    auto done = read_all(portions);
     if (!done && file_ != nullptr) {
       // The buffers must not be freed under transfers; the error that counts is `done`.
       (void)file_->drain();
@@ -120,23 +127,35 @@ class Channel {
   }
 
  private:
-  /// What a buffer of the pool holds, by its index.
-  struct Chunk {
+  /// What one call of the hook tells.
+  struct Piece {
     size_t block;
     uint64_t offset;
+    uint64_t bytes;
+    bool has_data;
+  };
+  /// What a buffer of the pool holds, by its index: pages from the first that is stored to the
+  /// last, with what stands between them.
+  struct Chunk {
+    size_t block = 0;
+    uint64_t offset = 0;
+    uint64_t bytes = 0;
+    unsigned parts_left = 0;    ///< transfers in flight
+    std::vector<Piece> pieces;  ///< in order; the last ones may be zeros after its bytes
   };
 
   Channel(size_t number, const StreamSummary &summary, io::BufferPool pool,
-          std::unique_ptr<StreamSource> source, const ChunkHook &hook)
+          std::unique_ptr<StreamSource> source, const ChunkHook &hook, const Stop &stop)
       : number_(number),
         summary_(summary),
         pool_(std::move(pool)),
         source_(std::move(source)),
         file_(source_->file()),
         hook_(hook),
+        stop_(stop),
         chunks_(pool_.count()) {}
 
-  Result<void> read_all(Portions &portions, const Stop &stop) {
+  Result<void> read_all(Portions &portions) {
     std::optional<MappedBlockMap> map;
     std::optional<size_t> map_block;
     while (const std::optional<Portion> portion = portions.take()) {
@@ -145,65 +164,93 @@ class Channel {
         map.emplace(*source_, *block.mapped, block.used_bytes);
         map_block = portion->block;
       }
-      QV_TRY(read_portion(*map, *portion, stop));
-      if (stop.stopped()) {
+      QV_TRY(read_portion(*map, *portion));
+      if (stop_.stopped()) {
         break;
       }
     }
-    while (file_ != nullptr && file_->pending() > 0) {
-      QV_TRY(land_one());
+    while (!queue_.empty()) {
+      QV_TRY(deliver_oldest());
     }
     return {};
   }
 
-  Result<void> read_portion(MappedBlockMap &map, const Portion &portion, const Stop &stop) {
+  Result<void> read_portion(MappedBlockMap &map, const Portion &portion) {
     const uint64_t end = portion.offset + portion.bytes;
-    for (uint64_t offset = portion.offset; offset < end;) {
+    uint64_t offset = portion.offset;
+    while (offset < end && !stop_.stopped()) {
       QV_ASSIGN(const MappedRun run, map.run_at(offset, end - offset));
-      for (const uint64_t run_end = offset + run.bytes; offset < run_end;) {
-        if (stop.stopped()) {
-          return {};
-        }
-        if (stop.cancelled()) {
-          return fail(ErrorCode::cancelled, "reading RAM: cancelled");
-        }
-        const uint64_t left = run_end - offset;
-        const uint64_t bytes = run.has_data ? std::min(left, mapped_chunk_bytes) : left;
-        QV_TRY(run.has_data ? read_chunk({portion.block, offset}, bytes)
-                            : hook_(number_, portion.block, offset, {}, bytes));
-        offset += bytes;
+      if (!run.has_data) {
+        QV_TRY(queue_zeros(portion.block, offset, run.bytes));
+        offset += run.bytes;
+        continue;
       }
+      QV_ASSIGN(const uint64_t bytes, queue_chunk(map, portion.block, offset, end));
+      offset += bytes;
     }
     return {};
   }
 
-  /// Starts what can be read asynchronously and reads the rest. Delivers the chunk if nothing is
-  /// left to wait for.
-  Result<void> read_chunk(const Chunk &chunk, uint64_t bytes) {
+  /// Zeros need no buffer, but they wait for their turn where a buffer is in hand already.
+  Result<void> queue_zeros(size_t block, uint64_t offset, uint64_t bytes) {
+    while (!queue_.empty() && chunks_[queue_.back()].pieces.size() >= pieces_max) {
+      QV_TRY(deliver_oldest());
+    }
+    if (queue_.empty()) {
+      return tell({block, offset, bytes, false}, {});
+    }
+    chunks_[queue_.back()].pieces.push_back({block, offset, bytes, false});
+    return {};
+  }
+
+  /// Takes in pages from `offset` on, short gaps between them as well, and starts to read them.
+  /// Returns how many bytes that are.
+  Result<uint64_t> queue_chunk(MappedBlockMap &map, size_t block, uint64_t offset, uint64_t end) {
     QV_ASSIGN(io::Buffer *const buffer, free_buffer());
-    chunks_[buffer->index] = chunk;
-    buffer->used = bytes;
+    Chunk &chunk = chunks_[buffer->index];
+    chunk.block = block;
+    chunk.offset = offset;
+    chunk.bytes = 0;
+    chunk.pieces.clear();
+    uint64_t gap = 0;
+    const uint64_t bytes_max = std::min(mapped_chunk_bytes, end - offset);
+    while (chunk.bytes + gap < bytes_max) {
+      const uint64_t at = chunk.bytes + gap;
+      QV_ASSIGN(const MappedRun run, map.run_at(offset + at, bytes_max - at));
+      if (!run.has_data) {
+        gap += run.bytes;
+        if (gap > gap_bytes_max) {
+          break;
+        }
+        continue;
+      }
+      if (gap > 0) {
+        chunk.pieces.push_back({block, offset + chunk.bytes, gap, false});
+      }
+      chunk.pieces.push_back({block, offset + at, run.bytes, true});
+      chunk.bytes += gap + run.bytes;
+      gap = 0;
+    }
+    QV_TRY(read_chunk(*buffer, chunk));
+    return chunk.bytes;
+  }
+
+  /// Starts what can be read asynchronously and reads the rest.
+  Result<void> read_chunk(io::Buffer &buffer, Chunk &chunk) {
     const StreamOffset start = summary_.blocks[chunk.block].mapped->pages_offset + chunk.offset;
-    // First the map: the number of transfers must be known before the first of them can land.
-    runs_.clear();
-    unsigned in_file = 0;
-    for (uint64_t at = 0; at < bytes; at += runs_.back().bytes) {
-      QV_ASSIGN(const StreamRun run, source_->run_at(start + at, bytes - at));
-      runs_.push_back(run);
-      in_file += run.kind == StreamRun::Kind::in_file ? 1 : 0;
-    }
-    if (in_file > 0) {
-      pool_.send_off(*buffer, in_file);
-    }
-    uint64_t at = 0;
-    for (const StreamRun &run : runs_) {
-      const std::span<std::byte> part(buffer->data + at, run.bytes);
+    chunk.parts_left = 0;
+    pool_.send_off(buffer, 1);
+    queue_.push_back(buffer.index);
+    for (uint64_t at = 0; at < chunk.bytes;) {
+      QV_ASSIGN(const StreamRun run, source_->run_at(start + at, chunk.bytes - at));
+      const std::span<std::byte> part(buffer.data + at, run.bytes);
       switch (run.kind) {
         case StreamRun::Kind::zeros:
           std::memset(part.data(), 0, part.size());
           break;
         case StreamRun::Kind::in_file:
-          QV_TRY(file_->start_read(part, run.host, buffer->index, buffer->index));
+          QV_TRY(file_->start_read(part, run.host, buffer.index, buffer.index));
+          chunk.parts_left += 1;
           break;
         case StreamRun::Kind::other:
           QV_TRY(source_->read(start + at, part));
@@ -211,37 +258,45 @@ class Channel {
       }
       at += run.bytes;
     }
-    if (in_file > 0) {
-      return {};
-    }
-    auto delivered = deliver(*buffer);
-    pool_.give_back(*buffer);
-    return delivered;
+    return {};
   }
 
   Result<io::Buffer *> free_buffer() {
     io::Buffer *buffer = pool_.take();
-    while (buffer == nullptr) {
-      QV_TRY(land_one());
+    if (buffer == nullptr) {
+      QV_TRY(deliver_oldest());
       buffer = pool_.take();
     }
     return buffer;
   }
 
-  /// Waits for one transfer, and delivers its chunk if that was the last of it.
-  Result<void> land_one() {
-    QV_ASSIGN(const uint64_t cookie, file_->wait_any());
-    io::Buffer &buffer = pool_.at(static_cast<unsigned>(cookie));
-    if (buffer.parts_in_flight == 1) {
-      QV_TRY(deliver(buffer));
+  Result<void> deliver_oldest() {
+    io::Buffer &buffer = pool_.at(queue_.front());
+    const Chunk &chunk = chunks_[buffer.index];
+    while (chunk.parts_left > 0) {
+      QV_ASSIGN(const uint64_t cookie, file_->wait_any());
+      chunks_[cookie].parts_left -= 1;
     }
+    for (const Piece &piece : chunk.pieces) {
+      const std::span<const std::byte> data =
+          piece.has_data
+              ? std::span<const std::byte>(buffer.data + (piece.offset - chunk.offset), piece.bytes)
+              : std::span<const std::byte>();
+      QV_TRY(tell(piece, data));
+    }
+    queue_.pop_front();
     pool_.part_landed(buffer);
     return {};
   }
 
-  Result<void> deliver(const io::Buffer &buffer) {
-    const Chunk &chunk = chunks_[buffer.index];
-    return hook_(number_, chunk.block, chunk.offset, {buffer.data, buffer.used}, buffer.used);
+  Result<void> tell(const Piece &piece, std::span<const std::byte> data) {
+    if (stop_.stopped()) {
+      return {};
+    }
+    if (stop_.cancelled()) {
+      return fail(ErrorCode::cancelled, "reading RAM: cancelled");
+    }
+    return hook_(number_, piece.block, piece.offset, data, piece.bytes);
   }
 
   size_t number_;
@@ -250,12 +305,13 @@ class Channel {
   std::unique_ptr<StreamSource> source_;
   io::File *file_;
   const ChunkHook &hook_;
+  const Stop &stop_;
   std::vector<Chunk> chunks_;
-  std::vector<StreamRun> runs_;
+  std::deque<unsigned> queue_;  ///< buffers to deliver, oldest first
 };
 
 void run_channel(Channel &channel, Portions &portions, Stop &stop) {
-  if (auto done = channel.run(portions, stop); !done) {
+  if (auto done = channel.run(portions); !done) {
     stop.fail(std::move(done).error());
   }
 }
@@ -271,14 +327,15 @@ Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &o
                                              " channels: choose 1 to " +
                                              std::to_string(mapped_channels_max));
   }
+  Stop stop(options.cancelled);
   std::vector<std::unique_ptr<Channel>> channels;
   for (size_t i = 0; i < options.channels; ++i) {
     QV_ASSIGN(std::unique_ptr<StreamSource> source, open_source());
-    QV_ASSIGN(auto channel, Channel::create(i, options.channels, summary, std::move(source), hook));
+    QV_ASSIGN(auto channel,
+              Channel::create(i, options.channels, summary, std::move(source), hook, stop));
     channels.push_back(std::move(channel));
   }
   Portions portions(summary, options.block);
-  Stop stop(options.cancelled);
   std::vector<std::thread> threads;
   try {
     for (size_t i = 1; i < channels.size(); ++i) {

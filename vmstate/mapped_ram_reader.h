@@ -31,9 +31,9 @@ constexpr uint64_t mapped_portion_bytes = 32 * mib;
 using SourceOpener = std::function<Result<std::unique_ptr<StreamSource>>()>;
 
 /// Called concurrently, by at most one thread for each channel. Every byte of every chosen block
-/// comes exactly once, in any order; with one channel and a source without file() in ascending
-/// order. `data` starts at a page of memory, or is empty for zeros; valid during the call.
-/// Offsets and lengths are multiples of the stream's page size. An error stops all channels.
+/// comes exactly once, in ascending order from each channel (over all blocks). `data` stands at an
+/// address that is a multiple of the page size, or is empty for zeros; valid during the call.
+/// Offsets and lengths are multiples of the page size. An error stops all channels.
 using ChunkHook =
     std::function<Result<void>(size_t channel, size_t block, uint64_t offset,
                                std::span<const std::byte> data_or_empty, uint64_t bytes)>;

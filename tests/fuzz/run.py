@@ -39,6 +39,21 @@ def device_sections():
     return timer + odd
 
 
+def mapped_stream(stream, tail):
+    """One block of three pages of 1 KiB in the layout mapped-ram; the second is zero."""
+    page = 1024
+    stream += b"\x05" + counted(b"configuration/target-page-bits") + struct.pack(">II", 1, 10)
+    stream += b"\x05" + counted(b"configuration/capabilities") + struct.pack(">II", 1, 1)
+    stream += counted(b"mapped-ram")
+    stream += b"\x01" + struct.pack(">I", RAM_ID) + counted(b"ram") + struct.pack(">II", 0, 4)
+    stream += struct.pack(">Q", 3 * page | 0x04) + counted(b"pc.ram") + struct.pack(">Q", 3 * page)
+    bitmap = len(stream) + 28
+    pages = (bitmap + 8 + page - 1) // page * page
+    stream += struct.pack(">IQQQ", 1, page, bitmap, pages) + b"\x05" + bytes(7)
+    stream += bytes(pages - len(stream)) + b"a" * page + b"stale" * 204 + bytes(4) + b"c" * page
+    return stream + struct.pack(">Q", 0x10) + footer(RAM_ID) + device_sections() + tail
+
+
 def seeds():
     """(target, name, bytes) of small valid inputs."""
     magic = b"QEVM" + struct.pack(">I", 3)
@@ -53,6 +68,7 @@ def seeds():
            footer(RAM_ID))
     json = b'{"page_size": 4096, "devices": []}'
     tail = b"\x00\x06" + struct.pack(">I", len(json)) + json
+    yield "stream", "mapped", mapped_stream(magic + configuration, tail)
     yield "stream", "small", magic + configuration + start + end + device_sections() + tail
 
 

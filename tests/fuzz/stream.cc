@@ -1,11 +1,14 @@
-// The input is a legacy stream, or what a hostile image holds in its place. Reading it must not
-// crash, and every page that is reported must lie in its block.
+// The input is a stream of either layout, or what a hostile image holds in its place. Reading it
+// must not crash, every page that is reported must lie in its block, and the parallel reader of
+// mapped-ram must report the same pages as the reader of streams.
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 
+#include "vmstate/mapped_ram_reader.h"
 #include "vmstate/stream_reader.h"
 
 namespace {
@@ -29,20 +32,56 @@ class Bytes : public vmstate::StreamSource {
   size_t size_;
 };
 
+/// Order of pages does not matter in this sum; what and where they are does.
+uint64_t page_sum(size_t block, uint64_t offset, std::span<const std::byte> page) {
+  uint64_t sum = block * 31 + offset;
+  for (const std::byte byte : page) {
+    sum = sum * 1099511628211ULL + static_cast<uint64_t>(byte);
+  }
+  return sum;
+}
+
+uint64_t mapped_sum(const vmstate::StreamSummary &summary, const uint8_t *data, size_t size) {
+  uint64_t sum = 0;
+  const auto done = vmstate::read_mapped_ram(
+      summary,
+      [&]() -> Result<std::unique_ptr<vmstate::StreamSource>> {
+        return std::make_unique<Bytes>(data, size);
+      },
+      [&](size_t, size_t block, uint64_t offset, std::span<const std::byte> pages,
+          uint64_t bytes) -> Result<void> {
+        for (uint64_t at = 0; at < bytes; at += summary.page_bytes) {
+          sum += page_sum(block, offset + at,
+                          pages.empty() ? pages : pages.subspan(at, summary.page_bytes));
+        }
+        return {};
+      });
+  if (!done) {
+    abort();
+  }
+  return sum;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   Bytes source(data, size);
+  uint64_t sum = 0;
   const auto summary = vmstate::read_stream(source,
-                                            [](size_t, uint64_t offset, uint64_t page_bytes,
-                                               std::span<const std::byte> page) -> Result<void> {
+                                            [&](size_t block, uint64_t offset, uint64_t page_bytes,
+                                                std::span<const std::byte> page) -> Result<void> {
                                               if (page_bytes == 0 || offset % page_bytes != 0 ||
                                                   (!page.empty() && page.size() != page_bytes)) {
                                                 abort();
                                               }
+                                              sum += page_sum(block, offset, page);
                                               return {};
                                             });
   if (summary && summary->stream_bytes > size) {
+    abort();
+  }
+  if (summary && summary->layout == vmstate::Layout::mapped_ram && !summary->blocks.empty() &&
+      mapped_sum(*summary, data, size) != sum) {
     abort();
   }
   return 0;

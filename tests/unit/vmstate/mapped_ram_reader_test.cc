@@ -33,7 +33,9 @@ class Collector {
       EXPECT_LT(channel, 64U);
       EXPECT_TRUE(data.empty() || data.size() == bytes);
       EXPECT_LE(data.size(), mapped_chunk_bytes);
-      EXPECT_EQ(reinterpret_cast<uintptr_t>(data.data()) % 4096, 0U);
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(data.data()) % page_bytes_, 0U);
+      EXPECT_GE(std::pair(block, offset), next_[channel]);
+      next_[channel] = {block, offset + bytes};
       EXPECT_TRUE(bytes > 0 && (offset | bytes) % page_bytes_ == 0);
       for (uint64_t at = offset; at < offset + bytes; at += page_bytes_) {
         seen_[block].at(at / page_bytes_) += 1;
@@ -57,6 +59,8 @@ class Collector {
 
  private:
   uint64_t page_bytes_;
+  std::vector<std::pair<size_t, uint64_t>> next_ =
+      std::vector<std::pair<size_t, uint64_t>>(64);  ///< by channel: nothing before comes again
   std::vector<Blob> memory_;
   std::vector<std::vector<uint8_t>> seen_;
 };
@@ -79,7 +83,7 @@ void expect_collected(const MappedStream &stream, const StreamSummary &summary,
 }
 
 MappedStream some_stream() {
-  return {.blocks = {{"a", page_fills(3000, 3)}, {"b", page_fills(1)}, {"c", page_fills(900, 700)}},
+  return {.blocks = {{"a", page_fills(1100, 3)}, {"b", page_fills(1)}, {"c", page_fills(400, 300)}},
           .start = 4096};
 }
 
@@ -131,8 +135,8 @@ TEST(MappedRamReader, one_block_only) {
   EXPECT_TRUE(collector.memory(2) == stream.expected(2));
   EXPECT_TRUE(collector.all_seen_once(2));
   EXPECT_EQ(collector.memory(0)[0], std::byte{0xee});
-  // 900 pages, of which the first and the 700th have data.
-  EXPECT_EQ(collector.zeros, 898U * 4096);
+  // 400 pages, of which the first and the 300th have data.
+  EXPECT_EQ(collector.zeros, 398U * 4096);
   EXPECT_EQ(collector.zero_runs, 2U);
 }
 
@@ -142,7 +146,7 @@ TEST(MappedRamReader, the_first_error_stops_all) {
   BlobSource source(file);
   const StreamSummary summary = summary_of(source, stream.start);
   for (const unsigned channels : {1U, 4U}) {
-    for (const uint64_t nth : {0, 1, 5, 20}) {
+    for (const uint64_t nth : {0, 1, 5}) {
       const auto failed = read_mapped_ram(
           summary, in_memory(file, {.faults = {{io::FileOperation::read, nth, -EIO}}}),
           Collector(summary).hook(), {.channels = channels});
@@ -350,7 +354,7 @@ TEST(MappedRamReader, snapshots_of_images) {
       const StreamSummary summary = summary_of(**source);
       EXPECT_EQ(summary.layout, Layout::mapped_ram);
       if (cluster_bits <= 12) {
-        EXPECT_EQ(summary.data_pages, 1000U + 1 + 2);  // zero clusters are not data
+        EXPECT_EQ(summary.data_pages, 367U + 1 + 2);  // zero clusters are not data
       }
       for (const unsigned channels : {1U, 4U}) {
         expect_collected(
