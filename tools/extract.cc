@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -187,8 +189,10 @@ class Extraction {
       QV_ASSIGN(auto writer, SparseWriter::create(output, open_options(), buffers));
       writers.push_back(std::move(writer));
     }
+    std::atomic<uint64_t> data_bytes = 0;
     const vmstate::ChunkHook hook = [&](size_t channel, size_t, uint64_t offset,
                                         std::span<const std::byte> data, uint64_t) {
+      data_bytes += data.size();
       return data.empty() ? Result<void>() : writers[channel]->write(offset, data);
     };
     QV_TRY(vmstate::read_mapped_ram(
@@ -196,8 +200,8 @@ class Extraction {
         {.channels = command_.channels, .block = block_, .cancelled = cancelled_}));
     for (const auto &writer : writers) {
       QV_TRY(writer->finish());
-      extracted_.data_bytes += writer->bytes_written();
     }
+    extracted_.data_bytes = data_bytes;
     return {};
   }
 

@@ -102,6 +102,10 @@ SparseWriter::~SparseWriter() {
 }
 
 Result<void> SparseWriter::write(uint64_t offset, std::span<const std::byte> data) {
+  if (const uint64_t gap = gap_before(offset); gap > 0) {
+    std::memset(current_->data + current_->used, 0, gap);
+    current_->used += gap;
+  }
   while (!data.empty()) {
     if (current_ != nullptr &&
         (current_->used == current_->capacity || current_offset_ + current_->used != offset)) {

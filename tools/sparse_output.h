@@ -58,7 +58,6 @@ class SparseWriter {
   Result<void> zero(uint64_t offset, uint64_t bytes);
   /// Waits until everything is written.
   Result<void> finish();
-  uint64_t bytes_written() const { return file_->bytes_written(); }
 
  private:
   SparseWriter(io::BufferPool pool, std::unique_ptr<io::File> file)

@@ -144,6 +144,13 @@ class Channel {
     std::vector<Piece> pieces;  ///< in order; the last ones may be zeros after its bytes
   };
 
+  /// A read that may still grow.
+  struct Transfer {
+    uint64_t at = 0;  ///< in the buffer
+    uint64_t bytes = 0;
+    HostOffset host;
+  };
+
   Channel(size_t number, const StreamSummary &summary, io::BufferPool pool,
           std::unique_ptr<StreamSource> source, const ChunkHook &hook, const Stop &stop)
       : number_(number),
@@ -237,28 +244,55 @@ class Channel {
 
   /// Starts what can be read asynchronously and reads the rest.
   Result<void> read_chunk(io::Buffer &buffer, Chunk &chunk) {
-    const StreamOffset start = summary_.blocks[chunk.block].mapped->pages_offset + chunk.offset;
     chunk.parts_left = 0;
     pool_.send_off(buffer, 1);
     queue_.push_back(buffer.index);
-    for (uint64_t at = 0; at < chunk.bytes;) {
-      QV_ASSIGN(const StreamRun run, source_->run_at(start + at, chunk.bytes - at));
+    Transfer transfer;
+    for (const Piece &piece : chunk.pieces) {
+      if (piece.has_data) {
+        QV_TRY(read_piece(buffer, chunk, piece, transfer));
+      }
+    }
+    return start(buffer, chunk, transfer);
+  }
+
+  /// Goes on with `transfer` where the piece follows it in the file as it does in the buffer; what
+  /// is read into the gap between them is never looked at.
+  Result<void> read_piece(io::Buffer &buffer, Chunk &chunk, const Piece &piece,
+                          Transfer &transfer) {
+    const StreamOffset pages = summary_.blocks[chunk.block].mapped->pages_offset;
+    const uint64_t end = piece.offset + piece.bytes - chunk.offset;
+    for (uint64_t at = piece.offset - chunk.offset; at < end;) {
+      QV_ASSIGN(const StreamRun run, source_->run_at(pages + chunk.offset + at, end - at));
       const std::span<std::byte> part(buffer.data + at, run.bytes);
-      switch (run.kind) {
-        case StreamRun::Kind::zeros:
+      if (run.kind == StreamRun::Kind::in_file) {
+        if (transfer.bytes == 0 || run.host != transfer.host + (at - transfer.at)) {
+          QV_TRY(start(buffer, chunk, transfer));
+          transfer = {at, 0, run.host};
+        }
+        transfer.bytes = at + run.bytes - transfer.at;
+      } else {
+        // These bytes must not be read over.
+        QV_TRY(start(buffer, chunk, transfer));
+        transfer = {};
+        if (run.kind == StreamRun::Kind::zeros) {
           std::memset(part.data(), 0, part.size());
-          break;
-        case StreamRun::Kind::in_file:
-          QV_TRY(file_->start_read(part, run.host, buffer.index, buffer.index));
-          chunk.parts_left += 1;
-          break;
-        case StreamRun::Kind::other:
-          QV_TRY(source_->read(start + at, part));
-          break;
+        } else {
+          QV_TRY(source_->read(pages + chunk.offset + at, part));
+        }
       }
       at += run.bytes;
     }
     return {};
+  }
+
+  Result<void> start(const io::Buffer &buffer, Chunk &chunk, const Transfer &transfer) {
+    if (transfer.bytes == 0) {
+      return {};
+    }
+    chunk.parts_left += 1;
+    return file_->start_read({buffer.data + transfer.at, transfer.bytes}, transfer.host,
+                             buffer.index, buffer.index);
   }
 
   Result<io::Buffer *> free_buffer() {

@@ -1,0 +1,196 @@
+"""The commands info and extract on migration files made by hand, and in the ways they can fail.
+
+Run: python3 -m unittest test_extract   (QVMSTATE_BUILD: folder of the program, default build/)
+"""
+
+import json
+import os
+import struct
+import subprocess
+import tempfile
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+PROGRAM = os.path.join(os.environ.get("QVMSTATE_BUILD", os.path.join(ROOT, "build")), "qvmstate")
+PAGE = 4096
+RAM_ID = 2
+
+
+def run(*arguments, **options):
+    return subprocess.run([PROGRAM, *arguments], timeout=60, stdout=options.pop("stdout", -1),
+                          stderr=subprocess.PIPE, **options)
+
+
+def counted(text):
+    return struct.pack(">B", len(text)) + text
+
+
+def head(capabilities=()):
+    text = b"QEVM" + struct.pack(">I", 3) + b"\x07" + struct.pack(">I", 2) + b"pc"
+    if capabilities:
+        text += b"\x05" + counted(b"configuration/capabilities")
+        text += struct.pack(">II", 1, len(capabilities)) + b"".join(map(counted, capabilities))
+    return text + b"\x01" + struct.pack(">I", RAM_ID) + counted(b"ram") + struct.pack(">II", 0, 4)
+
+
+END = struct.pack(">Q", 0x10) + b"\x7e" + struct.pack(">I", RAM_ID) + b"\x00"
+
+
+def mapped_stream(pages, start=0):
+    """One block "m"; pages: bytes or None. Under the bits of absent ones lies something stale."""
+    size = len(pages) * PAGE
+    text = bytes(start) + head([b"mapped-ram"]) + struct.pack(">Q", size | 4) + counted(b"m")
+    text += struct.pack(">Q", size)
+    bitmap_size = (len(pages) + 63) // 64 * 8
+    bitmap_at = len(text) + 28
+    pages_at = (bitmap_at + bitmap_size + (1 << 20) - 1) >> 20 << 20
+    bits = sum(1 << n for n, page in enumerate(pages) if page is not None)
+    text += struct.pack(">IQQQ", 1, PAGE, bitmap_at, pages_at)
+    text += bits.to_bytes(bitmap_size, "little")
+    text += bytes(pages_at - len(text))
+    return text + b"".join(page or b"\xdb" * PAGE for page in pages) + END
+
+
+def legacy_stream(records, pages):
+    """Records: (page number, bytes or None for zero)."""
+    text = head() + struct.pack(">Q", pages * PAGE | 4) + counted(b"m")
+    text += struct.pack(">Q", pages * PAGE)
+    for number, page in records:
+        text += struct.pack(">Q", number * PAGE | (8 if page else 2)) + counted(b"m")
+        text += page or b"\x00"
+    return text + END
+
+
+def some_pages(count):
+    return [bytes([n % 250 + 1]) * PAGE if n % 3 == 0 else None for n in range(count)]
+
+
+def memory(pages):
+    return b"".join(page or bytes(PAGE) for page in pages)
+
+
+class Extract(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.file = self.path("vm.mig")
+        self.out = self.path("ram")
+
+    def path(self, name):
+        return os.path.join(self.folder.name, name)
+
+    def write(self, data):
+        with open(self.file, "wb") as file:
+            file.write(data)
+
+    def extract(self, *options, status=0, block="m"):
+        done = run("extract", self.file, "--as", "block", block, "-o", self.out, *options)
+        self.assertEqual(done.returncode, status, done.stderr)
+        # Whatever happened, nothing half done is left.
+        self.assertEqual(set(os.listdir(self.folder.name)) - {"vm.mig", "ram"}, set())
+        return done
+
+    def result(self):
+        with open(self.out, "rb") as file:
+            data = file.read()
+        os.unlink(self.out)
+        return data
+
+    def refused(self, text, *options, status=1, **others):
+        done = self.extract(*options, status=status, **others)
+        self.assertIn(text, done.stderr.decode())
+        self.assertFalse(os.path.exists(self.out))
+
+    def test_mapped(self):
+        pages = some_pages(1000)
+        for start in (0, 12345):
+            self.write(mapped_stream(pages, start))
+            where = ["--offset", str(start)] if start else []
+            for options in ([], ["--channels", "1"], ["--channels", "64"], ["--direct", "off"],
+                            ["--engine", "threads"]):
+                self.extract(*where, *options)
+                self.assertEqual(self.result(), memory(pages))
+            done = run("extract", self.file, *where, "--as", "block", "m", "-o", "-")
+            self.assertEqual(done.stdout, memory(pages))
+
+    def test_holes_stay_holes(self):
+        pages = [None] * 20000
+        pages[7] = pages[19000] = b"x" * PAGE
+        self.write(mapped_stream(pages))
+        self.extract()
+        self.assertLess(os.stat(self.out).st_blocks * 512, 1 << 20)
+        self.assertEqual(os.stat(self.out).st_mode & 0o777, 0o600)
+        self.assertEqual(self.result(), memory(pages))
+
+    def test_legacy(self):
+        pages = some_pages(500)
+        records = list(enumerate(pages))
+        self.write(legacy_stream(records, 500))
+        self.extract()
+        self.assertEqual(self.result(), memory(pages))
+        done = run("extract", self.file, "--as", "block", "m", "-o", "-")
+        self.assertEqual(done.stdout, memory(pages))
+
+    def test_legacy_sent_again(self):
+        # The last record of a page counts, also where it is zero or comes at once.
+        pages = some_pages(500)
+        records = list(enumerate(pages)) + [(3, b"n" * PAGE), (3, b"o" * PAGE), (0, None),
+                                            (499, b"p" * PAGE), (3, b"q" * PAGE), (4, b"r" * PAGE)]
+        self.write(legacy_stream(records, 500))
+        pages[0], pages[3], pages[4], pages[499] = None, b"q" * PAGE, b"r" * PAGE, b"p" * PAGE
+        self.extract()
+        self.assertEqual(self.result(), memory(pages))
+        done = run("extract", self.file, "--as", "block", "m", "-o", "-")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"-o FILE", done.stderr)
+
+    def test_json(self):
+        self.write(mapped_stream(some_pages(9)))
+        event = json.loads(self.extract("--format", "json").stdout)
+        self.assertEqual(event["event"], "completed")
+        self.assertEqual(event["layout"], "mapped-ram")
+        self.assertEqual((event["size"], event["data-bytes"]), (9 * PAGE, 3 * PAGE))
+        stream = json.loads(run("info", self.file, "--format", "json").stdout)["stream"]
+        self.assertEqual(stream["layout"], "mapped-ram")
+        self.assertEqual((stream["data-pages"], stream["zero-pages"]), (3, 6))
+        self.assertIn(b"mapped-ram", run("info", self.file).stdout)
+        self.write(legacy_stream(list(enumerate(some_pages(9))), 9))
+        stream = json.loads(run("info", self.file, "--format", "json").stdout)["stream"]
+        self.assertEqual(stream["layout"], "legacy")
+        self.assertEqual((stream["data-pages"], stream["zero-pages"]), (3, 6))
+
+    def test_failures(self):
+        good = mapped_stream(some_pages(600))
+        self.write(good)
+        self.refused("no RAM block 'other'; it has: m", block="other")
+        self.refused("past the end", "--offset", "99999999")
+        self.refused("no QEMU stream header", "--offset", "1")
+        self.refused("not one of", "--direct", "maybe", status=2)
+        self.refused("channels", "--channels", "65", status=2)
+        self.write(good[:-1000])
+        self.refused("cut short")
+        self.write(b"something else" * 100)
+        self.refused("not a qcow2")
+        self.write(legacy_stream([(0, b"x" * PAGE)], 2)[:-100])
+        self.refused("")
+        done = run("extract", self.file, "--as", "raw", "m", "-o", self.out)
+        self.assertEqual(done.returncode, 2)
+
+    def test_never_replaces(self):
+        self.write(mapped_stream(some_pages(3)))
+        with open(self.out, "wb") as file:
+            file.write(b"mine")
+        done = self.extract(status=1)
+        self.assertIn(b"exists", done.stderr)
+        self.assertEqual(self.result(), b"mine")
+
+    def test_full_output(self):
+        self.write(mapped_stream(some_pages(3)))
+        with open("/dev/full", "wb") as full:
+            done = run("extract", self.file, "--as", "block", "m", "-o", "-", stdout=full)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"standard output", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
