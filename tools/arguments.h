@@ -1,9 +1,11 @@
-// The options that several subcommands have, and those of save, which has the most.
+// The options that several subcommands have, and those of save and extract, which have the most.
 //
 // What is wrong with them is a CLI::ParseError out of CLI::App::parse(): exit status 2.
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "tools/commands.h"
@@ -16,7 +18,11 @@ void add_format(CLI::App &app, Format &target);
 void add_direct(CLI::App &app, io::DirectMode &target);
 void add_engine(CLI::App &app, io::Engine &target);
 
-/// The subcommand save. `command` outlives the parsing.
+/// Where in a migration file the stream begins.
+CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target);
+
+// The subcommands save and extract. `command` outlives the parsing.
 void add_save(CLI::App &app, SaveCommand &command);
+void add_extract(CLI::App &app, ExtractCommand &command);
 
 }  // namespace qvmstate::tools

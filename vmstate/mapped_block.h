@@ -17,11 +17,6 @@
 
 namespace qvmstate::vmstate {
 
-constexpr uint32_t mapped_header_version = 1;
-/// After the used length in the list of blocks: u32 version, u64 page size, u64 offset of the
-/// bitmap, u64 offset of the pages, packed.
-constexpr size_t mapped_header_bytes = 4 + 8 + 8 + 8;
-
 /// Offsets are those of the source: of a whole migration file, wherever in it the stream begins.
 struct MappedBlock {
   uint64_t page_bytes = 0;

@@ -219,7 +219,7 @@ class Reader {
         if (capability == "x-ignore-shared") {
           return not_decoded("RAM saved with the capability " + capability);
         }
-        if (capability == "mapped-ram") {
+        if (capability == mapped_ram_capability) {
           summary_.layout = Layout::mapped_ram;
         }
         summary_.capabilities.push_back(std::move(capability));
@@ -398,7 +398,7 @@ class Reader {
     QV_ASSIGN(const uint64_t bitmap_offset, cursor_.take_integer<uint64_t>());
     QV_ASSIGN(const uint64_t pages_offset, cursor_.take_integer<uint64_t>());
     const std::string name = "RAM block \"" + block.idstr + "\"";
-    if (version != mapped_header_version) {
+    if (version != mapped_ram_version) {
       return not_decoded("a mapped-ram header of version " + std::to_string(version));
     }
     if (page_bytes != summary_.page_bytes) {
