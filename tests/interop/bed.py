@@ -220,7 +220,8 @@ class BedTest(unittest.TestCase):
             os.unlink(out)
 
     def info_layout(self, *source):
-        return json.loads(self.tool("info", *source, "--format", "json"))["layout"]
+        said = json.loads(self.tool("info", *source, "--format", "json"))
+        return said["stream"]["layout"]
 
     def refused(self, args, *words, **options):
         """Runs the command, which must refuse: status 1, nothing on stdout, one line on stderr that
