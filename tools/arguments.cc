@@ -82,14 +82,6 @@ void add_name(CLI::App &app, std::string &target) {
   app.add_option("NAME", target, "Name of the snapshot")->required()->type_name("");
 }
 
-void add_direct(CLI::App &app, io::DirectMode &target) {
-  add_choice(app, "--direct", target, direct_modes, "Bypass the page cache (O_DIRECT)");
-}
-
-void add_engine(CLI::App &app, io::Engine &target) {
-  add_choice(app, "--engine", target, engines, "What does the file I/O");
-}
-
 void add_format(CLI::App &app, Format &target) {
   add_choice(app, "--format", target, formats, "How to print; json: one event a line");
 }
@@ -109,8 +101,9 @@ void add_save(CLI::App &app, SaveCommand &command) {
   save->add_option("--vmstate-node", command.options.vmstate_node,
                    "Block node for the state; default: the one that loadvm looks at first")
       ->type_name("NODE");
-  add_direct(*save, command.options.direct);
-  add_engine(*save, command.options.engine);
+  add_choice(*save, "--direct", command.options.direct, direct_modes,
+             "Bypass the page cache (O_DIRECT)");
+  add_choice(*save, "--engine", command.options.engine, engines, "What does the file I/O");
   save->add_option("--limit-rate",
                    "Bytes written per second at most: 500000, 10M, 1.5G (powers of 1024)")
       ->type_name("RATE")

@@ -15,8 +15,6 @@ namespace qvmstate::tools {
 CLI::Option *add_qmp(CLI::App &app, std::string &target);
 void add_name(CLI::App &app, std::string &target);
 void add_format(CLI::App &app, Format &target);
-void add_direct(CLI::App &app, io::DirectMode &target);
-void add_engine(CLI::App &app, io::Engine &target);
 
 /// Where in a migration file the stream begins.
 CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target);

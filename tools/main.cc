@@ -3,14 +3,11 @@
 // Exit status: 0 done, 1 refused or failed, 2 wrong usage.
 #include <CLI/CLI.hpp>
 #include <csignal>
-#include <optional>
 #include <sstream>
-#include <vector>
 
 #include "tools/arguments.h"
 #include "tools/commands.h"
 #include "tools/format.h"
-#include "vmstate/mapped_ram_reader.h"
 
 namespace qvmstate::tools {
 
@@ -31,52 +28,6 @@ void add_delete(CLI::App &app, DeleteCommand &command) {
       "Examples:\n"
       "  qvmstate delete nightly --qmp /run/vm/qmp.sock\n"
       "  qvmstate delete nightly system.qcow2 data.qcow2");
-}
-
-CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target) {
-  return app
-      .add_option("--offset", target,
-                  "The stream begins at this byte of a migration file (file:FILE,offset=N)")
-      ->type_name("N");
-}
-
-void add_extract(CLI::App &app, ExtractCommand &command) {
-  CLI::App *extract =
-      app.add_subcommand("extract", "Write the RAM of a snapshot or a migration file to a file");
-  extract->add_option("IMAGE", command.path, "A qcow2 image, or a migration file")
-      ->required()
-      ->type_name("");
-  CLI::Option *name = extract->add_option("NAME", command.name, "The snapshot in the image");
-  name->type_name("");
-  add_offset(*extract, command.offset)->excludes(name);
-  extract
-      ->add_option_function<std::vector<std::string>>(
-          "--as",
-          [&command](const std::vector<std::string> &words) {
-            if (words.at(0) != "block") {
-              throw CLI::ValidationError("--as: '" + words.at(0) + "' is not one of block");
-            }
-            command.block = words.at(1);
-          },
-          "What: the RAM block of this name, byte for byte")
-      ->expected(2)
-      ->required()
-      ->type_name("block BLOCK");
-  extract->add_option("-o,--output", command.output, "A new file, or - for standard output")
-      ->required()
-      ->type_name("OUT");
-  extract->add_option("--channels", command.channels, "Threads that read a mapped-ram state")
-      ->check(CLI::Range(1U, vmstate::mapped_channels_max))
-      ->type_name("N");
-  add_direct(*extract, command.direct);
-  add_engine(*extract, command.engine);
-  extract->add_flag("-U,--force-share", command.force_share,
-                    "Read without locks while a VM uses the image; what is read may be torn");
-  add_format(*extract, command.format);
-  extract->footer(
-      "Examples:\n"
-      "  qvmstate extract disk.qcow2 nightly --as block pc.ram -o ram.bin\n"
-      "  qvmstate extract vm.mig --offset 4096 --as block pc.ram -o ram.bin");
 }
 
 CLI::App *add_read(CLI::App &app, const std::string &name, const std::string &help,
