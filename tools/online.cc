@@ -10,6 +10,7 @@
 #include <atomic>
 #include <csignal>
 
+#include "tools/cancel.h"
 #include "tools/commands.h"
 #include "tools/format.h"
 #include "tools/progress.h"
@@ -18,28 +19,11 @@ namespace qvmstate::tools {
 
 namespace {
 
-std::atomic<bool> cancelled = false;
-static_assert(std::atomic<bool>::is_always_lock_free);
-
-void on_signal(int) {
-  cancelled.store(true, std::memory_order_relaxed);
-}
-
-void catch_signals() {
-  struct sigaction action = {};
-  action.sa_handler = on_signal;
-  action.sa_flags = SA_RESTART;
-  sigemptyset(&action.sa_mask);
-  for (const int number : {SIGINT, SIGTERM, SIGHUP}) {
-    // nohup and shells' background jobs ignore some of these, and that stays so.
-    struct sigaction before = {};
-    sigaction(number, nullptr, &before);
-    if (before.sa_handler != SIG_IGN) {
-      sigaction(number, &action, nullptr);
-    }
-  }
+/// Cancelling is asked for by a signal; stopping this process is not allowed meanwhile.
+const std::atomic<bool> &catch_signals() {
   signal(SIGTSTP, SIG_IGN);
   signal(SIGTTOU, SIG_IGN);
+  return catch_cancel_signals();
 }
 
 /// Warnings are kept until the operation is over: printing could block while the guest stands.
@@ -128,7 +112,7 @@ ProgressStyle progress_style(const SaveCommand &command) {
 }  // namespace
 
 int run_save(const SaveCommand &command) {
-  catch_signals();
+  const std::atomic<bool> &cancelled = catch_signals();
   ProgressReporter progress(progress_style(command));
   Warnings warnings;
   qemu::Observer observer;
@@ -193,7 +177,7 @@ int run_resume(const ResumeCommand &command) {
 }
 
 int run_delete_live(const DeleteCommand &command) {
-  catch_signals();
+  const std::atomic<bool> &cancelled = catch_signals();
   Warnings warnings;
   qemu::Observer observer;
   observer.warning = [&](const std::string &message) { warnings.add(message); };

@@ -353,7 +353,7 @@ void run_channel(Channel &channel, Portions &portions, Stop &stop) {
 }  // namespace
 
 Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &open_source,
-                             const ChunkHook &hook, const MappedRamOptions &options) {
+                             const ChunkHook &hook, const MappedReadOptions &options) {
   assert(summary.layout == Layout::mapped_ram);
   assert(!options.block || *options.block < summary.blocks.size());
   if (options.channels < 1 || options.channels > mapped_channels_max) {

@@ -38,7 +38,7 @@ using ChunkHook =
     std::function<Result<void>(size_t channel, size_t block, uint64_t offset,
                                std::span<const std::byte> data_or_empty, uint64_t bytes)>;
 
-struct MappedRamOptions {
+struct MappedReadOptions {
   unsigned channels = 1;                         ///< 1 to mapped_channels_max
   std::optional<size_t> block = {};              ///< this one only
   const std::atomic<bool> *cancelled = nullptr;  ///< set by anybody at any time
@@ -48,6 +48,6 @@ struct MappedRamOptions {
 /// 128 MiB of buffers. Precondition: `summary` is what read_stream() said of these sources, in the
 /// layout mapped_ram.
 Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &open_source,
-                             const ChunkHook &hook, const MappedRamOptions &options = {});
+                             const ChunkHook &hook, const MappedReadOptions &options = {});
 
 }  // namespace qvmstate::vmstate

@@ -28,7 +28,7 @@ uint64_t words_for(uint64_t pages) {
 Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configuration,
                                               std::span<const RamBlock> blocks,
                                               std::span<const DeviceSection> devices,
-                                              const MappedRamOptions &options) {
+                                              const MappedWriteOptions &options) {
   QV_TRY(check_stream_arguments(configuration, blocks));
   MappedRamWriter writer;
   writer.configuration_ = configuration;

@@ -35,7 +35,7 @@ struct RamChannel {
   io::BufferPool *pool;
 };
 
-struct MappedRamOptions {
+struct MappedWriteOptions {
   /// Of the stream in its file: offsets in it count from the start of the file.
   uint64_t start_bytes = 0;
   /// The bitmap says that every page is there. For placements where what is not written reads as
@@ -59,7 +59,7 @@ class MappedRamWriter {
   static Result<MappedRamWriter> plan(const StreamConfiguration &configuration,
                                       std::span<const RamBlock> blocks,
                                       std::span<const DeviceSection> devices,
-                                      const MappedRamOptions &options);
+                                      const MappedWriteOptions &options);
 
   /// RAM is dealt with in chunks of this size: a multiple of what the placement likes.
   static uint64_t chunk_bytes(const io::FixedPlacement &placement);
@@ -92,7 +92,7 @@ class MappedRamWriter {
   std::vector<uint64_t> bitmap_words(const Block &block) const;
 
   StreamConfiguration configuration_;
-  MappedRamOptions options_;
+  MappedWriteOptions options_;
   std::span<const DeviceSection> devices_;
   std::vector<Block> blocks_;
   StreamPart head_;

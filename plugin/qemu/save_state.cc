@@ -94,7 +94,7 @@ Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
                                               std::vector<io::BufferPool> &pools,
                                               std::span<const vmstate::DeviceSection> devices,
                                               const SaveOptions &options, Pace &pace) {
-  vmstate::MappedRamOptions mapped;
+  vmstate::MappedWriteOptions mapped;
   mapped.start_bytes = target.start_bytes;
   mapped.all_pages_present = target.all_pages_present;
   mapped.depth = channel_depth;

@@ -32,7 +32,7 @@ struct StateTarget {
   io::Placement *sequential = nullptr;  ///< for the legacy layout
   io::FixedPlacement *fixed = nullptr;  ///< for mapped-ram
   uint64_t start_bytes = 0;             ///< of the stream in a plain file
-  bool all_pages_present = false;       ///< see MappedRamOptions
+  bool all_pages_present = false;       ///< see MappedWriteOptions
 };
 
 struct RamEstimate {

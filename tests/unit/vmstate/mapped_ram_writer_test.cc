@@ -91,7 +91,7 @@ struct Saved {
   Blob bytes;
 };
 
-Saved save(const Target &target, std::span<FakeRam> sources, const MappedRamOptions &options) {
+Saved save(const Target &target, std::span<FakeRam> sources, const MappedWriteOptions &options) {
   Channels channels(target, sources);
   io::FilePlacement placement(options.start_bytes);
   auto writer = MappedRamWriter::plan(pc, sources[0].blocks(), {}, options);
@@ -156,7 +156,7 @@ TEST(MappedRamWriter, OffsetsCountFromTheStartOfTheFile) {
   FakeRam ram(true);
   ram.add_block("a.ram", pattern(2, {Touch::data}), 1);
   const Target target;
-  MappedRamOptions options;
+  MappedWriteOptions options;
   options.start_bytes = 3 * mib + 512;
   const Saved saved = save(target, std::span(&ram, 1), options);
   ASSERT_TRUE(saved.stats);
@@ -171,7 +171,7 @@ TEST(MappedRamWriter, AllPagesPresentSetsExactlyThePagesBits) {
   FakeRam ram(true);
   ram.add_block("a.ram", pattern(65, {Touch::zero}), 1);
   const Target target;
-  MappedRamOptions options;
+  MappedWriteOptions options;
   options.all_pages_present = true;
   const Saved saved = save(target, std::span(&ram, 1), options);
   ASSERT_TRUE(saved.stats);
