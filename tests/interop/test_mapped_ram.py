@@ -129,7 +129,7 @@ class MappedRam(BedTest):
            "cluster_size=4k,compat=0.10", "compat=0.10", "cluster_size=2M",
            "cluster_size=2M,compat=0.10", "extended_l2=on", "extended_l2=on,cluster_size=16k",
            "extended_l2=on,cluster_size=2M", "refcount_bits=8",
-           quick=["extended_l2=on,cluster_size=2M"])
+           quick=["cluster_size=512,compat=0.10"])
     def test_formats(self, options):
         guest = self.make_vm("newest", "microvm",
                              disks=lambda qemu, folder: vm.make_disks(qemu, folder,
