@@ -147,27 +147,18 @@ Result<void> Allocator::grow_file(uint64_t end_cluster, Growth growth) {
                                          std::to_string(needed_bytes - grown_bytes_) +
                                          " bytes are missing");
   }
-  switch (growth) {
-    case Growth::ahead:
-      return reserve_file(needed_bytes, expected_bytes_ > 0
-                                            ? std::min(expected_bytes_, grow_step_bytes_max)
-                                            : grow_step_bytes_beyond);
-    case Growth::reserved:
-      return reserve_file(needed_bytes, 0);
-    case Growth::sparse:
-      QV_TRY(image_->file().resize(needed_bytes));
-      grown_bytes_ = needed_bytes;
-      break;
-  }
-  return {};
-}
-
-Result<void> Allocator::reserve_file(uint64_t needed_bytes, uint64_t ahead_bytes) {
   io::File &file = image_->file();
+  if (growth == Growth::sparse) {
+    QV_TRY(file.resize(needed_bytes));
+    grown_bytes_ = needed_bytes;
+    return {};
+  }
+  const uint64_t ahead =
+      expected_bytes_ > 0 ? std::min(expected_bytes_, grow_step_bytes_max) : grow_step_bytes_beyond;
   // What is in flight ends here: its ENOSPC must not be taken for one of reserving and forgotten.
   QV_TRY(file.size());
-  for (const uint64_t step : {ahead_bytes, grow_step_bytes_beyond, uint64_t{0}}) {
-    const uint64_t target = std::max(needed_bytes, grown_bytes_ + std::min(step, ahead_bytes));
+  for (const uint64_t step : {ahead, grow_step_bytes_beyond, uint64_t{0}}) {
+    const uint64_t target = std::max(needed_bytes, grown_bytes_ + step);
     auto reserved = file.preallocate(HostOffset(grown_bytes_), target - grown_bytes_);
     if (!reserved) {
       if (reserved.error().code == ErrorCode::no_space && step != 0) {

@@ -25,9 +25,8 @@ struct ClusterRun {
 
 /// How the file is made longer for the stream.
 enum class Growth {
-  ahead,     ///< reserved, as far as the stream is expected to go
-  reserved,  ///< reserved, no further than asked
-  sparse,    ///< holes: what is never written takes no space
+  ahead,   ///< reserved, as far as the stream is expected to go
+  sparse,  ///< holes: what is never written takes no space
 };
 
 class Allocator {
@@ -66,7 +65,6 @@ class Allocator {
   void note_free(uint64_t first, uint64_t count);
   Result<ClusterRun> take_tail(uint64_t count, Growth growth);
   Result<void> grow_file(uint64_t end_cluster, Growth growth);
-  Result<void> reserve_file(uint64_t needed_bytes, uint64_t ahead_bytes);
 
   const Image *image_;
   std::vector<ClusterRun> free_;  // sorted by position; bounded by free_runs_max

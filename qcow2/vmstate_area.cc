@@ -10,8 +10,8 @@ namespace {
 
 // Zeros are flagged in units of at least this, so that small clusters do not break writes apart.
 constexpr uint64_t zero_unit_bytes_min = 64 * kib;
-// Taken at a time. Reserving waits for the writes in flight, so not too little; what is left over
-// at the end stays as free clusters in the image, so not too much.
+// Taken at a time, so that units for a purpose lie beside each other. What is left over at the end
+// stays as free clusters in the image, holes of the file.
 constexpr uint64_t arena_bytes_max = 64 * mib;
 constexpr uint64_t arena_parts = 16;  // of what is expected
 
@@ -85,15 +85,15 @@ uint64_t VmstateArea::place_unit_bytes() const {
   return std::max(zero_unit_bytes_min, image_.geometry().cluster_bytes());
 }
 
-/// Clusters of one kind, from those taken ahead.
-Result<ClusterRun> VmstateArea::take_from_arena(uint64_t count, Growth growth) {
-  ClusterRun &arena = growth == Growth::reserved ? reserved_arena_ : sparse_arena_;
+/// Clusters for one purpose, from those taken ahead.
+Result<ClusterRun> VmstateArea::take_from_arena(uint64_t count, Fill fill) {
+  ClusterRun &arena = fill == Fill::whole ? whole_arena_ : zeroed_arena_;
   if (arena.count == 0) {
     const uint64_t wanted_bytes =
         std::clamp(expected_bytes_ / arena_parts, place_unit_bytes(), arena_bytes_max);
     const uint64_t ahead =
         round_up(wanted_bytes, place_unit_bytes()) >> image_.geometry().cluster_bits;
-    auto taken = allocator_.take_for_stream(std::max(ahead, count), growth);
+    auto taken = allocator_.take_for_stream(std::max(ahead, count), Growth::sparse);
     if (!taken && taken.error().code == ErrorCode::no_space) {
       // There may be room for what is needed, if not for more.
       image_.file().clear_error();
@@ -101,7 +101,7 @@ Result<ClusterRun> VmstateArea::take_from_arena(uint64_t count, Growth growth) {
     }
     QV_TRY(taken);
     arena = *taken;
-    if (growth == Growth::sparse) {
+    if (fill == Fill::part) {
       QV_TRY(allocator_.make_zero(arena));
     }
   }
@@ -111,9 +111,9 @@ Result<ClusterRun> VmstateArea::take_from_arena(uint64_t count, Growth growth) {
   return got;
 }
 
-Result<void> VmstateArea::take_fixed(uint64_t first, uint64_t count, Growth growth) {
+Result<void> VmstateArea::take_fixed(uint64_t first, uint64_t count, Fill fill) {
   while (count > 0) {
-    QV_ASSIGN(const ClusterRun got, take_from_arena(count, growth));
+    QV_ASSIGN(const ClusterRun got, take_from_arena(count, fill));
     note({first, got.first, got.count});
     first += got.count;
     count -= got.count;
@@ -123,7 +123,7 @@ Result<void> VmstateArea::take_fixed(uint64_t first, uint64_t count, Growth grow
 }
 
 /// Of the clusters [first, end) those that have no place yet.
-Result<void> VmstateArea::take_missing(uint64_t first, uint64_t end, Growth growth) {
+Result<void> VmstateArea::take_missing(uint64_t first, uint64_t end, Fill fill) {
   while (first < end) {
     // Looked up anew each time: taking changes runs_.
     const auto after = std::ranges::upper_bound(runs_, first, {}, &AreaRun::stream_first);
@@ -132,7 +132,7 @@ Result<void> VmstateArea::take_missing(uint64_t first, uint64_t end, Growth grow
       continue;
     }
     const uint64_t gap_end = after == runs_.end() ? end : std::min(end, after->stream_first);
-    QV_TRY(take_fixed(first, gap_end - first, growth));
+    QV_TRY(take_fixed(first, gap_end - first, fill));
     first = gap_end;
   }
   return {};
@@ -151,12 +151,12 @@ Result<void> VmstateArea::place_at(std::span<const io::StreamRange> ranges,
     QV_TRY(check_fits(outer_end));
     const uint64_t whole_begin = std::min(round_up(begin, unit), outer_end);
     const uint64_t whole_end = std::max(round_down(end, unit), whole_begin);
-    auto take = [&](uint64_t from, uint64_t to, Growth growth) {
-      return take_missing(from >> geometry.cluster_bits, to >> geometry.cluster_bits, growth);
+    auto take = [&](uint64_t from, uint64_t to, Fill fill) {
+      return take_missing(from >> geometry.cluster_bits, to >> geometry.cluster_bits, fill);
     };
-    QV_TRY(take(outer_begin, whole_begin, Growth::sparse));
-    QV_TRY(take(whole_begin, whole_end, Growth::reserved));
-    QV_TRY(take(whole_end, outer_end, Growth::sparse));
+    QV_TRY(take(outer_begin, whole_begin, Fill::part));
+    QV_TRY(take(whole_begin, whole_end, Fill::whole));
+    QV_TRY(take(whole_end, outer_end, Fill::part));
     find_host_runs(range, runs);
   }
   return {};
@@ -169,12 +169,12 @@ Result<void> VmstateArea::finish_fixed(uint64_t stream_bytes) {
   if (image_.header().version < 3) {
     // A cluster that cannot be flagged zero has to be there, and empty.
     expected_bytes_ = arena_bytes_max * arena_parts;
-    QV_TRY(take_missing(0, clusters_, Growth::sparse));
+    QV_TRY(take_missing(0, clusters_, Fill::part));
   }
   // The one that lies last first: then it shortens the file again.
-  const bool sparse_last = sparse_arena_.first > reserved_arena_.first;
-  for (ClusterRun *arena : {sparse_last ? &sparse_arena_ : &reserved_arena_,
-                            sparse_last ? &reserved_arena_ : &sparse_arena_}) {
+  const bool zeroed_last = zeroed_arena_.first > whole_arena_.first;
+  for (ClusterRun *arena : {zeroed_last ? &zeroed_arena_ : &whole_arena_,
+                            zeroed_last ? &whole_arena_ : &zeroed_arena_}) {
     allocator_.give_back(*arena);
     *arena = {};
   }

@@ -1,8 +1,8 @@
 // The vmstate area of a new snapshot: where in the image each part of the stream goes.
 //
 // A legacy stream is placed from its first byte to its last, in host runs as long as there are. A
-// stream at fixed offsets (mapped-ram) is placed in any order, in units; a unit that is given whole
-// gets reserved clusters, for speed; any other gets clusters that read as zeros, holes of the file
+// stream at fixed offsets (mapped-ram) is placed in any order, in units; a unit that is written
+// whole gets clusters as they are; any other gets clusters that read as zeros, holes of the file
 // where it can have them; and what is never placed becomes clusters flagged zero (version 2 has no
 // such flag: clusters full of holes). No cluster stays unallocated, because a larger backing file
 // would show through. The L2 tables that map all of it are written at the end (image_edit.cc).
@@ -51,9 +51,11 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
  private:
   Result<void> check_fits(uint64_t stream_bytes) const;
   void note(const AreaRun &run);
-  Result<void> take_fixed(uint64_t first, uint64_t count, Growth growth);
-  Result<void> take_missing(uint64_t first, uint64_t end, Growth growth);
-  Result<ClusterRun> take_from_arena(uint64_t count, Growth growth);
+  /// How much of a cluster will be written.
+  enum class Fill : uint8_t { whole, part };
+  Result<void> take_fixed(uint64_t first, uint64_t count, Fill fill);
+  Result<void> take_missing(uint64_t first, uint64_t end, Fill fill);
+  Result<ClusterRun> take_from_arena(uint64_t count, Fill fill);
   void find_host_runs(const io::StreamRange &range, std::vector<io::HostRun> &runs) const;
 
   const Image &image_;
@@ -62,9 +64,9 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
   uint64_t clusters_ = 0;
   uint64_t placed_bytes_ = 0;    // by place()
   uint64_t expected_bytes_ = 0;  // of place_at()
-  // Taken from the allocator ahead of need, so that units of a kind lie beside each other.
-  ClusterRun reserved_arena_;
-  ClusterRun sparse_arena_;
+  // Taken from the allocator ahead of need.
+  ClusterRun whole_arena_;
+  ClusterRun zeroed_arena_;
 };
 
 }  // namespace qvmstate::qcow2

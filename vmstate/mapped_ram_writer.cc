@@ -17,6 +17,11 @@ namespace qvmstate::vmstate {
 namespace {
 
 constexpr uint64_t chunk_bytes_min = 1 * mib;
+// What is read before it is looked at for zeros: small enough to be still in the L2 cache.
+constexpr uint64_t batch_bytes = 256 * kib;
+// Zero pages between two others are written with them where that saves a write: a disk does about
+// 100,000 a second, whatever their size. Of one page in ten this makes one in eight.
+constexpr uint64_t bridged_bytes_max = 8 * kib;
 constexpr uint64_t no_buffer_cookie = UINT64_MAX;  // of transfers straight from guest memory
 
 uint64_t words_for(uint64_t pages) {
@@ -219,6 +224,7 @@ class MappedRamWriter::Channel {
           if (buffer == nullptr) {
             QV_ASSIGN(buffer, free_buffer());
           }
+          bytes = std::min(bytes, batch_bytes);
           QV_TRY(source_.read_pages(chunk.block, at, bytes / page_bytes_, page_bytes_,
                                     buffer->data + (at - chunk.offset), page_bytes_));
           stats_.copied_bytes += bytes;
@@ -239,6 +245,7 @@ class MappedRamWriter::Channel {
   }
 
   void scan(size_t block, uint64_t offset, uint64_t bytes, const std::byte *memory) {
+    const size_t first_piece = pieces_.size();
     for (uint64_t done = 0; done < bytes; done += page_bytes_) {
       const uint64_t page = (offset + done) / page_bytes_;
       if (!round_.wants(block, page)) {
@@ -247,6 +254,9 @@ class MappedRamWriter::Channel {
       if (is_zero(memory + done, page_bytes_)) {
         note_zero(block, page);
       } else {
+        if (round_.is_first() && pieces_.size() > first_piece) {
+          bridge_gap(offset + done);
+        }
         note_piece(offset + done, memory + done);
         word_of(block, page).fetch_or(uint64_t{1} << page % 64, std::memory_order_relaxed);
       }
@@ -261,6 +271,14 @@ class MappedRamWriter::Channel {
     const uint64_t bit = uint64_t{1} << page % 64;
     if ((word_of(block, page).fetch_and(~bit, std::memory_order_relaxed) & bit) != 0) {
       note_piece(page * page_bytes_, round_.zeros());
+    }
+  }
+
+  /// Lets the last piece reach up to `offset` if only a few zero pages lie between.
+  void bridge_gap(uint64_t offset) {
+    Piece &last = pieces_.back();
+    if (offset - (last.offset + last.bytes) <= bridged_bytes_max) {
+      last.bytes = offset - last.offset;
     }
   }
 

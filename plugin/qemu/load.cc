@@ -194,6 +194,7 @@ Result<LoadReport> load(const std::string &qmp_path, const std::string &name) {
     output.pop_back();
   }
   if (!output.empty()) {
+    std::erase(output, '\r');
     std::replace(output.begin(), output.end(), '\n', ' ');
     return fail(ErrorCode::peer, "loadvm '" + name + "': " + output + " (the VM is now in state '" +
                                      text_at(after, "status") +

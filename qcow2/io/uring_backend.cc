@@ -61,7 +61,11 @@ bool has_operations(io_uring &ring) {
 Result<std::unique_ptr<UringBackend>> UringBackend::create(Descriptors &descriptors,
                                                            unsigned depth) {
   io_uring ring = {};
-  const int result = ::io_uring_queue_init(depth, &ring, 0);
+  // Completions wait until this thread enters the kernel, instead of interrupting it (Linux 5.19).
+  int result = ::io_uring_queue_init(depth, &ring, IORING_SETUP_COOP_TASKRUN);
+  if (result == -EINVAL) {
+    result = ::io_uring_queue_init(depth, &ring, 0);
+  }
   if (result < 0) {
     return refused(-result);
   }

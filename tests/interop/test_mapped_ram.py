@@ -127,8 +127,7 @@ class MappedRam(BedTest):
 
     @cases("cluster_size=512", "cluster_size=512,compat=0.10", "cluster_size=4k",
            "cluster_size=4k,compat=0.10", "compat=0.10", "cluster_size=2M",
-           "cluster_size=2M,compat=0.10", "extended_l2=on", "extended_l2=on,cluster_size=16k",
-           "extended_l2=on,cluster_size=2M", "refcount_bits=8",
+           "cluster_size=2M,compat=0.10", "refcount_bits=8",
            quick=["cluster_size=512,compat=0.10"])
     def test_formats(self, options):
         guest = self.make_vm("newest", "microvm",
@@ -157,7 +156,7 @@ class MappedRam(BedTest):
         guest.check_image()
         return state
 
-    @cases("", "compat=0.10", "cluster_size=4k", "extended_l2=on", quick=[])
+    @cases("", "compat=0.10", "cluster_size=4k", quick=[])
     def test_backing_file(self, options):
         """An overlay over a larger base, of which nothing may show in the state."""
         def disks(qemu, folder):
@@ -212,6 +211,17 @@ class MappedRam(BedTest):
         self.load_into_running(guest, "own", state)
         guest.quit()
         self.assertEqual(self.info_layout(guest.disks[0].path, "own"), "mapped-ram")
+        self.assert_extracts(state, guest.disks[0].path, "own")
+
+    @cases("host", "10.0", "newest", quick=["host"])
+    def test_legacy_by_qemu_itself(self, qemu):
+        guest = self.make_vm(qemu, "pc").start()
+        guest.fill(11)
+        guest.stop()
+        guest.savevm("own")
+        state = guest.state()
+        guest.quit()
+        self.assertEqual(self.info_layout(guest.disks[0].path, "own"), "legacy")
         self.assert_extracts(state, guest.disks[0].path, "own")
 
     @cases(*[(how, options) for how in ("plugin", "attach")
