@@ -20,7 +20,7 @@ struct FileSave {
   Seat seat;
   Clock::time_point begin;
   io::TargetFile &target;
-  uint64_t state_bytes_max;
+  uint64_t legacy_bytes_max;
   std::vector<io::BufferPool> &pools;
   SaveReport &report;
 };
@@ -31,10 +31,6 @@ Result<void> write_file(FileSave &save, std::span<const std::byte> device_bytes)
   // Looked up again: memory may have been plugged since.
   QV_ASSIGN(std::vector<GuestRam> ram,
             open_ram(save.vm, save.seat, std::max(1U, save.target.channels())));
-  if (!save.target.is_block_device()) {
-    // Writes past a file's end wait for each other.
-    QV_TRY(save.target.file().resize(save.target.offset() + save.state_bytes_max));
-  }
   io::FilePlacement placement(save.target.offset());
   // What is not written is what a loader's own fresh RAM is, as in QEMU's own files.
   StateTarget target = {&save.target.file(),  {},   &placement, &placement,
@@ -90,9 +86,8 @@ Result<SaveReport> save_file(LiveVm &vm, const SaveOptions &options, GivenDescri
       observer.warning(warning);
     }
   }
-  // mapped-ram has a place for every page, and gaps between the blocks.
-  const uint64_t file_bytes = mapped_ram ? ram.total_bytes + state_bytes_max : state_bytes_max;
-  FileSave save = {vm, options, observer, machine, seat, begin, *target, file_bytes, pools, report};
+  FileSave save = {vm,    options, observer,        machine, seat,
+                   begin, *target, state_bytes_max, pools,   report};
   auto paused = while_stopped(
       vm, observer, "file", seat, HandoverKind::device_state, begin,
       [&](std::span<const std::byte> device_bytes) { return write_file(save, device_bytes); });

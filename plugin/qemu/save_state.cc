@@ -82,6 +82,9 @@ Result<vmstate::StreamStats> write_legacy(const StateTarget &target,
   QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(options.buffers));
   pools.push_back(std::move(pool));
   target.file->backend().register_buffers(pools.back().memory());
+  if (target.grows) {
+    QV_TRY(target.file->resize(target.start_bytes + target.legacy_bytes_max));
+  }
   io::StreamBuffer stream(*target.file, pools.back(), *target.sequential,
                           [&](uint64_t bytes) { return pace.flushed(bytes); });
   return vmstate::write_legacy_stream(stream, configuration, *ram.front().source, devices,
@@ -100,6 +103,9 @@ Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
   mapped.depth = channel_depth;
   QV_ASSIGN(auto writer, vmstate::MappedRamWriter::plan(configuration, ram.front().source->blocks(),
                                                         devices, mapped));
+  if (target.grows) {
+    QV_TRY(target.file->resize(writer.end_bytes()));
+  }
   const size_t count = target.channels.size();
   const size_t buffers = std::max<size_t>(io::buffer_count_min, options.buffers / count);
   std::vector<vmstate::RamChannel> channels;

@@ -33,6 +33,10 @@ struct StateTarget {
   io::FixedPlacement *fixed = nullptr;  ///< for mapped-ram
   uint64_t start_bytes = 0;             ///< of the stream in a plain file
   bool all_pages_present = false;       ///< see MappedWriteOptions
+  /// A plain file is made as long as it will be first: writes past a file's end wait for each
+  /// other.
+  bool grows = false;
+  uint64_t legacy_bytes_max = 0;  ///< how long a legacy stream can become, for that
 };
 
 struct RamEstimate {
