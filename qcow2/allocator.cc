@@ -246,6 +246,9 @@ Result<ClusterRun> Allocator::take_for_stream(uint64_t count, Growth growth) {
     free_.push_back({tail_, gap});
     tail_ += gap;
   }
+  if (growth == Growth::sparse) {
+    QV_TRY(trim_file());  // what was reserved ahead for tables would be no hole
+  }
   auto tail = take_tail(wanted, growth);
   if (tail || !device_ || tail.error().code != ErrorCode::no_space) {
     return tail;
