@@ -14,6 +14,9 @@ namespace qvmstate::qemu {
 /// Where we sit: inside the QEMU that is saved, or outside.
 enum class Seat { plugin, attached };
 
+/// For the plugin: the QMP socket must be that of this process.
+Result<void> check_seat(const LiveVm &vm, Seat seat);
+
 struct GuestRam {
   std::unique_ptr<vmstate::RamSource> source;
   MemoryMap *map = nullptr;  ///< of the source

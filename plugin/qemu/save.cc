@@ -22,8 +22,6 @@
 namespace qvmstate::qemu {
 namespace {
 
-constexpr uint64_t device_bytes_expected = 16 * mib;
-
 /// Index of the disk that gets the vmstate.
 Result<size_t> choose_vmstate_disk(const LiveVm &vm, const std::string &node,
                                    std::vector<std::string> &warnings) {
@@ -154,7 +152,10 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
     area.expect_fixed_bytes(context.ram.touched_bytes);
   }
   io::File &file = owned.file(context.vmstate_disk);
-  StateTarget target = {&file, {}, &area, &area, 0, !options.sparse_bitmap};
+  StateTarget target = {.file = &file,
+                        .sequential = &area,
+                        .fixed = &area,
+                        .all_pages_present = !options.sparse_bitmap};
   auto written_bytes = [&] {
     uint64_t bytes = file.bytes_written();
     for (const auto &channel : owned.channels()) {

@@ -9,8 +9,6 @@
 namespace qvmstate::qemu {
 namespace {
 
-constexpr uint64_t device_bytes_expected = 16 * mib;
-
 /// What the guest's RAM and devices are written to while it stands.
 struct FileSave {
   LiveVm &vm;
@@ -33,8 +31,12 @@ Result<void> write_file(FileSave &save, std::span<const std::byte> device_bytes)
             open_ram(save.vm, save.seat, std::max(1U, save.target.channels())));
   io::FilePlacement placement(save.target.offset());
   // What is not written is what a loader's own fresh RAM is, as in QEMU's own files.
-  StateTarget target = {&save.target.file(),  {},   &placement, &placement,
-                        save.target.offset(), false};
+  StateTarget target = {.file = &save.target.file(),
+                        .sequential = &placement,
+                        .fixed = &placement,
+                        .start_bytes = save.target.offset(),
+                        .grows = !save.target.is_block_device(),
+                        .legacy_bytes_max = save.legacy_bytes_max};
   for (unsigned i = 0; i < save.target.channels(); ++i) {
     target.channels.push_back(&save.target.channel(i));
   }

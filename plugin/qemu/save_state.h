@@ -26,13 +26,16 @@ constexpr unsigned channel_depth = 32;
 /// the legacy layout, which has one writer.
 unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes);
 
+/// What devices may take, when room for them is estimated.
+constexpr uint64_t device_bytes_expected = 16 * mib;
+
 struct StateTarget {
-  io::File *file = nullptr;             ///< for all but the channels
-  std::vector<io::File *> channels;     ///< none: the legacy layout
-  io::Placement *sequential = nullptr;  ///< for the legacy layout
-  io::FixedPlacement *fixed = nullptr;  ///< for mapped-ram
-  uint64_t start_bytes = 0;             ///< of the stream in a plain file
-  bool all_pages_present = false;       ///< see MappedWriteOptions
+  io::File *file = nullptr;               ///< for all but the channels
+  std::vector<io::File *> channels = {};  ///< none: the legacy layout
+  io::Placement *sequential = nullptr;    ///< for the legacy layout
+  io::FixedPlacement *fixed = nullptr;    ///< for mapped-ram
+  uint64_t start_bytes = 0;               ///< of the stream in a plain file
+  bool all_pages_present = false;         ///< see MappedWriteOptions
   /// A plain file is made as long as it will be first: writes past a file's end wait for each
   /// other.
   bool grows = false;

@@ -1,22 +1,11 @@
 #include "plugin/qemu/stopped_vm.h"
 
-#include <unistd.h>
-
 #include <optional>
 
 #include "plugin/qemu/guardian.h"
 #include "plugin/qemu/preflight.h"
 
 namespace qvmstate::qemu {
-
-Result<void> check_seat(const LiveVm &vm, Seat seat) {
-  if (seat == Seat::plugin && vm.pid != ::getpid()) {
-    return fail(ErrorCode::bad_argument, "the plugin's qmp= socket '" + vm.qmp_path +
-                                             "' belongs to process " + std::to_string(vm.pid) +
-                                             ", not to this QEMU; give it this QEMU's own -qmp");
-  }
-  return {};
-}
 
 Result<double> while_stopped(LiveVm &vm, const Observer &observer, const std::string &what,
                              Seat seat, HandoverKind kind, Clock::time_point begin,

@@ -17,9 +17,6 @@ inline double seconds_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
 
-/// For the plugin: the QMP socket must be that of this process.
-Result<void> check_seat(const LiveVm &vm, Seat seat);
-
 /// Given the device state.
 using StoppedWork = std::function<Result<void>(std::span<const std::byte>)>;
 
