@@ -9,12 +9,10 @@
 // stays. It opens the control socket and starts one thread, which connects to QMP when it is asked
 // for something.
 #include <dlfcn.h>
-#include <pthread.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -30,6 +28,7 @@
 
 #include "plugin/qemu/control.h"
 #include "plugin/qemu/save.h"
+#include "qcow2/io/signals.h"
 
 extern "C" {
 QVMSTATE_EXPORT int qemu_plugin_version = 1;
@@ -117,13 +116,8 @@ int install(int argc, char **argv) {
   }
   auto *plugin = new Plugin{std::move(*server), std::move(qmp_path)};
   plugin->wake = wake;
-  // QEMU's signals are for its own threads.
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  const io::SignalsBlocked blocked;
   std::thread([plugin] { run(*plugin); }).detach();
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   return 0;
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "qcow2/io/file.h"
+#include "qcow2/io/signals.h"
 
 namespace qvmstate::vmstate {
 
@@ -371,6 +373,7 @@ Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &o
   }
   Portions portions(summary, options.block);
   std::vector<std::thread> threads;
+  std::optional<io::SignalsBlocked> blocked(std::in_place);
   try {
     for (size_t i = 1; i < channels.size(); ++i) {
       threads.emplace_back(run_channel, std::ref(*channels[i]), std::ref(portions), std::ref(stop));
@@ -380,6 +383,7 @@ Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &o
                std::string("cannot start threads to read RAM: ") + error.what() +
                    "; use fewer --channels"});
   }
+  blocked.reset();
   run_channel(*channels[0], portions, stop);
   for (std::thread &thread : threads) {
     thread.join();

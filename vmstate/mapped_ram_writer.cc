@@ -1,7 +1,5 @@
 #include "vmstate/mapped_ram_writer.h"
 
-#include <signal.h>
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -10,6 +8,7 @@
 #include <system_error>
 #include <thread>
 
+#include "qcow2/io/signals.h"
 #include "vmstate/page_scan.h"
 #include "vmstate/stream_format.h"
 
@@ -24,8 +23,22 @@ constexpr uint64_t batch_bytes = 256 * kib;
 constexpr uint64_t bridged_bytes_max = 8 * kib;
 constexpr uint64_t no_buffer_cookie = UINT64_MAX;  // of transfers straight from guest memory
 
+// Written over pages that became zero.
+alignas(4096) constexpr std::byte zero_page[page_bytes_max] = {};
+
 uint64_t words_for(uint64_t pages) {
   return divide_up(pages, 64);
+}
+
+/// The first bit of this value at `from` or later, or `end`.
+uint64_t find_bit(std::span<const uint64_t> words, bool value, uint64_t from, uint64_t end) {
+  for (uint64_t bit = from; bit < end; bit = round_down(bit, 64) + 64) {
+    const uint64_t word = (value ? words[bit / 64] : ~words[bit / 64]) >> bit % 64;
+    if (word != 0) {
+      return std::min(bit + static_cast<uint64_t>(std::countr_zero(word)), end);
+    }
+  }
+  return end;
 }
 
 }  // namespace
@@ -38,7 +51,6 @@ Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configu
   MappedRamWriter writer;
   writer.configuration_ = configuration;
   writer.options_ = options;
-  writer.devices_ = devices;
   writer.stats_.ram_bytes = total_bytes(blocks);
   constexpr std::string_view capabilities[] = {mapped_ram_capability};
   add_stream_head(writer.head_, configuration, capabilities, devices);
@@ -77,8 +89,7 @@ class MappedRamWriter::Round {
         placement_(placement),
         hook_(hook),
         dirty_(dirty),
-        chunk_bytes_(chunk_bytes(placement)),
-        zeros_(dirty == nullptr ? 0 : chunk_bytes_) {
+        chunk_bytes_(chunk_bytes(placement)) {
     for (Block &block : writer.blocks_) {
       block.first_chunk = chunks_;
       // Chunks begin where the stream has a multiple of their size, so that they hold whole units.
@@ -131,12 +142,19 @@ class MappedRamWriter::Round {
   }
   const std::optional<Error> &error() const { return error_; }
 
-  /// Whether this round deals with the page.
-  bool wants(size_t block, uint64_t page) const {
-    return dirty_ == nullptr || ((*dirty_)[block][page / 64] >> page % 64 & 1) != 0;
+  struct Pages {
+    uint64_t first;
+    uint64_t end;
+  };
+  /// The next pages of a block, from `first` and before `end`, that this round deals with.
+  Pages next_wanted(size_t block, uint64_t first, uint64_t end) const {
+    if (dirty_ == nullptr) {
+      return {first, end};
+    }
+    const uint64_t from = find_bit((*dirty_)[block], true, first, end);
+    return {from, find_bit((*dirty_)[block], false, from, end)};
   }
   bool is_first() const { return dirty_ == nullptr; }
-  const std::byte *zeros() const { return zeros_.data(); }
   MappedRamWriter &writer() { return writer_; }
 
  private:
@@ -145,7 +163,6 @@ class MappedRamWriter::Round {
   const ChannelHook &hook_;
   const DirtyPages *dirty_;
   const uint64_t chunk_bytes_;
-  const std::vector<std::byte> zeros_;  // written over pages that became zero
   uint64_t chunks_ = 0;
   std::atomic<uint64_t> next_ = 0;
   std::atomic<bool> failed_ = false;
@@ -206,10 +223,21 @@ class MappedRamWriter::Channel {
   /// Looks at the pages of a chunk and notes what has to be written; the buffer that it was read
   /// into, or nullptr.
   Result<io::Buffer *> find_pieces(const Round::Chunk &chunk) {
-    const std::byte *memory = source_.view(chunk.block);
     io::Buffer *buffer = nullptr;
-    const uint64_t end = chunk.offset + chunk.bytes;
-    for (uint64_t at = chunk.offset; at < end;) {
+    const uint64_t end_page = (chunk.offset + chunk.bytes) / page_bytes_;
+    for (uint64_t page = chunk.offset / page_bytes_; page < end_page;) {
+      const Round::Pages wanted = round_.next_wanted(chunk.block, page, end_page);
+      QV_TRY(look_at_pages(chunk, wanted, buffer));
+      page = wanted.end;
+    }
+    return buffer;
+  }
+
+  Result<void> look_at_pages(const Round::Chunk &chunk, const Round::Pages &pages,
+                             io::Buffer *&buffer) {
+    const std::byte *memory = source_.view(chunk.block);
+    const uint64_t end = pages.end * page_bytes_;
+    for (uint64_t at = pages.first * page_bytes_; at < end;) {
       QV_ASSIGN(const RamSource::Presence presence, source_.presence(chunk.block, at));
       uint64_t bytes = std::min(presence.bytes, end - at);
       if (bytes == 0) {
@@ -234,23 +262,20 @@ class MappedRamWriter::Channel {
         }
       } else {
         bytes = round_down(bytes, page_bytes_);
-        stats_.untouched_pages += bytes / page_bytes_;
+        stats_.untouched_pages += round_.is_first() ? bytes / page_bytes_ : 0;
         for (uint64_t page = at / page_bytes_; page < (at + bytes) / page_bytes_; ++page) {
           note_zero(chunk.block, page);
         }
       }
       at += bytes;
     }
-    return buffer;
+    return {};
   }
 
   void scan(size_t block, uint64_t offset, uint64_t bytes, const std::byte *memory) {
     const size_t first_piece = pieces_.size();
     for (uint64_t done = 0; done < bytes; done += page_bytes_) {
       const uint64_t page = (offset + done) / page_bytes_;
-      if (!round_.wants(block, page)) {
-        continue;
-      }
       if (is_zero(memory + done, page_bytes_)) {
         note_zero(block, page);
       } else {
@@ -265,12 +290,12 @@ class MappedRamWriter::Channel {
 
   /// A zero page is not written; unless an earlier round wrote it with data.
   void note_zero(size_t block, uint64_t page) {
-    if (round_.is_first() || !round_.wants(block, page)) {
+    if (round_.is_first()) {
       return;
     }
     const uint64_t bit = uint64_t{1} << page % 64;
     if ((word_of(block, page).fetch_and(~bit, std::memory_order_relaxed) & bit) != 0) {
-      note_piece(page * page_bytes_, round_.zeros());
+      note_piece(page * page_bytes_, zero_page);
     }
   }
 
@@ -369,11 +394,7 @@ Result<void> MappedRamWriter::write_pages(std::span<const RamChannel> channels,
     work.emplace_back(round, channel);
   }
   std::vector<std::thread> threads;
-  // Signals belong to the program that we are a guest in; its threads handle them, not ours.
-  sigset_t all;
-  sigset_t before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::optional<io::SignalsBlocked> blocked(std::in_place);
   try {
     for (size_t i = 1; i < work.size(); ++i) {
       threads.emplace_back([&work, i] { work[i].run(); });
@@ -382,7 +403,7 @@ Result<void> MappedRamWriter::write_pages(std::span<const RamChannel> channels,
     round.fail_with({ErrorCode::io, error.code().value(),
                      std::string("starting a channel's thread: ") + error.what()});
   }
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  blocked.reset();
   work[0].run();
   for (std::thread &thread : threads) {
     thread.join();

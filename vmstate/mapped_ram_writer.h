@@ -55,7 +55,7 @@ using DirtyPages = std::vector<std::vector<uint64_t>>;
 
 class MappedRamWriter {
  public:
-  /// Lays the stream out. `devices` must stay valid until finish().
+  /// Lays the stream out and takes all of the devices' bytes.
   static Result<MappedRamWriter> plan(const StreamConfiguration &configuration,
                                       std::span<const RamBlock> blocks,
                                       std::span<const DeviceSection> devices,
@@ -93,7 +93,6 @@ class MappedRamWriter {
 
   StreamConfiguration configuration_;
   MappedWriteOptions options_;
-  std::span<const DeviceSection> devices_;
   std::vector<Block> blocks_;
   StreamPart head_;
   StreamPart tail_;

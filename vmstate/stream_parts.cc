@@ -11,7 +11,6 @@ namespace qvmstate::vmstate {
 namespace {
 
 constexpr uint64_t page_bytes_min = 4096;  // QEMU's targets; the flags need the bits below it
-constexpr uint64_t page_bytes_max = 64 * kib;
 constexpr uint64_t blocks_bytes_max = uint64_t{1} << 56;  // far above any guest; sums do not wrap
 
 /// QEMU loads virtio-mem's early section before RAM, because it says which parts of the device's

@@ -19,6 +19,8 @@
 
 namespace qvmstate::vmstate {
 
+constexpr uint64_t page_bytes_max = 64 * kib;  ///< of QEMU's targets
+
 struct StreamConfiguration {
   std::string machine_type;                  ///< resolved, for example "pc-i440fx-7.2"
   std::optional<uint32_t> target_page_bits;  ///< written where the loader demands it (arm virt)

@@ -10,9 +10,11 @@
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
+#include <optional>
 #include <thread>
 
 #include "plugin/qemu/handover.h"
+#include "qcow2/io/signals.h"
 
 namespace qvmstate::qemu {
 namespace {
@@ -115,18 +117,15 @@ Result<Guardian> Guardian::start(const Qmp &qmp, const std::string &qmp_path,
   Descriptor read_end(ends[0]);
   Descriptor write_end(ends[1]);
   const bool set_active = can_set_active(qmp);
-  // Blocked over the fork: no handler of the saver may run in the guardian.
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  ::sigprocmask(SIG_SETMASK, &all, &before);
+  // No handler of the saver may run in the guardian.
+  std::optional<io::SignalsBlocked> blocked(std::in_place);
   const pid_t pid = ::fork();
   if (pid == 0) {
     ::setsid();
     for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGTSTP, SIGTTOU}) {
       ::signal(number, SIG_IGN);
     }
-    ::sigprocmask(SIG_SETMASK, &before, nullptr);
+    blocked.reset();
     ::prctl(PR_SET_NAME, "qvmstate-guard");
     std::vector<int> kept = {STDERR_FILENO, read_end.get(), qmp.socket()};
     for (const Disk &disk : disks) {
@@ -136,7 +135,7 @@ Result<Guardian> Guardian::start(const Qmp &qmp, const std::string &qmp_path,
     guard(read_end.get(), qmp.socket(), qmp_path, disks, was_running, set_active);
   }
   const int error = errno;
-  ::sigprocmask(SIG_SETMASK, &before, nullptr);
+  blocked.reset();
   if (pid < 0) {
     return fail_errno(error, "starting the guardian process");
   }

@@ -1,7 +1,6 @@
 // Transfers by a few threads with pread and pwrite.
 #include "qcow2/io/thread_backend.h"
 
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +8,8 @@
 #include <cerrno>
 #include <system_error>
 #include <utility>
+
+#include "qcow2/io/signals.h"
 
 namespace qvmstate::io {
 
@@ -30,11 +31,7 @@ ThreadBackend::ThreadBackend(Descriptors &&descriptors, unsigned depth)
     : DescriptorBackend(std::move(descriptors)), depth_(depth) {}
 
 Result<void> ThreadBackend::start_workers() {
-  // Signals belong to the program that we are a guest in; its threads handle them, not ours.
-  sigset_t all;
-  sigset_t before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
+  const SignalsBlocked blocked;
   int failed_errno = 0;
   try {
     for (unsigned i = 0; i < std::min(depth_, workers_max); ++i) {
@@ -43,7 +40,6 @@ Result<void> ThreadBackend::start_workers() {
   } catch (const std::system_error &error) {
     failed_errno = error.code().value();
   }
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (workers_.empty()) {
     return fail_errno(failed_errno, "cannot start a thread for file transfers");
   }
