@@ -20,18 +20,7 @@ import time
 PACKAGES = "qemu-system-x86,qemu-system-arm,qemu-utils"
 SUITES = {"10.0": ("qemu-trixie", "trixie"), "newest": ("qemu-sid", "sid")}
 NAMES = ["host", "10.0", "newest"]
-# Sets up the mounts and becomes the program: $1 root, $2 folder outside, $3 folder inside.
-ENTER = """
-set -e
-root=$1 outer=$2 inner=$3
-shift 3
-mount -t tmpfs none "$root/tmp"
-mkdir -p "$root$inner"
-mount --rbind "$outer" "$root$inner"
-mount --rbind /dev "$root/dev"
-mount --bind /proc "$root/proc"
-exec chroot "$root" "$@"
-"""
+ENTER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "enter.py")
 
 
 class Unavailable(Exception):
@@ -79,8 +68,8 @@ class Qemu:
             return [program, *args]
         if self.outer_folder is None:
             return ["chroot", self.root, program, *args]
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", ENTER, "enter",
-                self.root, self.outer_folder, self.inner_folder, program, *args]
+        return [sys.executable, ENTER, self.root, self.outer_folder, self.inner_folder, program,
+                *args]
 
     def run(self, program, *args, check=True, timeout=120):
         try:

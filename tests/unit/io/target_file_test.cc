@@ -408,7 +408,7 @@ TEST_F(Target, RefusesAMountedFileBeforeAnythingIsWritten) {
     error = target ? Error{} : target.error();
   }).join();
   if (!is_mounted) {
-    GTEST_SKIP() << "only root can mount";
+    GTEST_SKIP() << "cannot mount here: not root, or in a chroot";
   }
   EXPECT_EQ(error.code, ErrorCode::not_supported);
   EXPECT_EQ(error.message, path_ +
@@ -451,7 +451,7 @@ TEST_F(Target, WithoutDirectIoAutoFallsBackAndOnRefuses) {
     }
   }).join();
   if (!is_mounted) {
-    GTEST_SKIP() << "only root can mount";
+    GTEST_SKIP() << "cannot mount here: not root, or in a chroot";
   }
 }
 
@@ -504,7 +504,7 @@ TEST_F(Target, WhereFilesNeedANameAHiddenOneIsUsedAndRemoved) {
     EXPECT_EQ(read(path_), new_);
   }).join();
   if (!is_mounted) {
-    GTEST_SKIP() << "only root can mount";
+    GTEST_SKIP() << "cannot mount here: not root, or in a chroot";
   }
 }
 
