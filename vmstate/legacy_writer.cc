@@ -1,8 +1,8 @@
 #include "vmstate/legacy_writer.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
-#include <vector>
 
 #include "qcow2/io/endian.h"
 #include "vmstate/page_scan.h"
@@ -19,70 +19,61 @@ constexpr size_t zero_record_bytes = page_header_bytes + 1;
 constexpr size_t batch_bytes = 256 * kib;
 constexpr uint64_t hook_interval_bytes = 4 * mib;
 
-class LegacyWriter {
- public:
-  LegacyWriter(io::StreamBuffer &out, const StreamConfiguration &configuration, RamSource &ram,
-               std::span<const DeviceSection> devices, const RamHook &hook)
-      : out_(out),
-        configuration_(configuration),
-        ram_(ram),
-        devices_(devices),
-        hook_(hook),
-        page_bytes_(configuration.page_bytes),
-        record_bytes_(page_header_bytes + configuration.page_bytes),
-        scratch_(page_header_bytes + 1 + section_idstr_bytes_max + configuration.page_bytes) {}
+}  // namespace
 
-  Result<StreamStats> write() {
-    const uint64_t start = out_.tell();
-    StreamPart head;
-    add_stream_head(head, configuration_, {}, devices_);
-    QV_TRY(out_.put(head.span()));
-    QV_TRY(put_ram());
-    StreamPart tail;
-    add_stream_tail(tail, configuration_, devices_);
-    QV_TRY(out_.put(tail.span()));
-    stats_.stream_bytes = out_.tell() - start;
-    QV_TRY(out_.finish());
-    return stats_;
+/// One pass over RAM.
+class LegacyWriter::Round {
+ public:
+  Round(LegacyWriter &writer, RamSource &ram, const RamHook &hook, const DirtyPages *dirty)
+      : out_(*writer.out_),
+        ram_(ram),
+        hook_(hook),
+        dirty_(dirty),
+        page_bytes_(writer.configuration_.page_bytes),
+        record_bytes_(page_header_bytes + page_bytes_),
+        scratch_(writer.scratch_),
+        stats_(writer.stats_) {}
+
+  Result<void> put_all() {
+    for (size_t block = 0; block < ram_.blocks().size(); ++block) {
+      QV_TRY(put_block(block));
+    }
+    return hook_ && done_bytes_ > reported_bytes_ ? hook_(done_bytes_) : Result<void>{};
   }
 
  private:
-  Result<void> put_ram() {
-    const auto blocks = ram_.blocks();
-    stats_.ram_bytes = total_bytes(blocks);
-    StreamPart start;
-    add_ram_start(start, stats_.ram_bytes);
-    for (const RamBlock &block : blocks) {
-      start.add_short_text(block.idstr);
-      start.add(block.used_bytes);
+  Result<void> put_block(size_t block) {
+    const uint64_t end = ram_.blocks()[block].used_bytes / page_bytes_;
+    bool named = false;
+    for (uint64_t page = first_wanted(block, 0, end); page < end;
+         page = first_wanted(block, page, end)) {
+      const uint64_t run_end = dirty_ == nullptr ? end : dirty_->first_clean(block, page, end);
+      if (!named) {
+        QV_TRY(put_named_page(block, page * page_bytes_));
+        named = true;
+        page += 1;
+      }
+      QV_TRY(put_pages(block, page, run_end));
+      page = run_end;
     }
-    add_ram_body_end(start);
-    add_ram_continuation(start, section_part);
-    QV_TRY(out_.put(start.span()));
-
-    for (size_t block = 0; block < blocks.size(); ++block) {
-      QV_TRY(put_block(block));
-    }
-
-    StreamPart end;
-    add_ram_body_end(end);
-    add_ram_continuation(end, section_end);
-    add_ram_body_end(end);
-    return out_.put(end.span());
+    return {};
   }
 
-  Result<void> put_block(size_t block) {
-    const uint64_t used_bytes = ram_.blocks()[block].used_bytes;
-    QV_TRY(put_named_page(block));
-    uint64_t offset = page_bytes_;
-    while (offset < used_bytes) {
-      QV_ASSIGN(const Run run, run_at(block, offset));
+  uint64_t first_wanted(size_t block, uint64_t page, uint64_t end) const {
+    return dirty_ == nullptr ? page : dirty_->first_dirty(block, page, end);
+  }
+
+  /// Records that carry CONTINUE.
+  Result<void> put_pages(size_t block, uint64_t page, uint64_t end) {
+    while (page < end) {
+      QV_ASSIGN(const Run run, run_at(block, page * page_bytes_));
+      const uint64_t pages = std::min(run.pages, end - page);
       if (run.touched) {
-        QV_TRY(put_data_run(block, offset, run.pages));
+        QV_TRY(put_data_run(block, page * page_bytes_, pages));
       } else {
-        QV_TRY(put_untouched_run(offset, run.pages));
+        QV_TRY(put_untouched_run(page * page_bytes_, pages));
       }
-      offset += run.pages * page_bytes_;
+      page += pages;
     }
     return {};
   }
@@ -108,17 +99,17 @@ class LegacyWriter {
     return Run{false, bytes / page_bytes_};
   }
 
-  /// The first record of a block carries its name; the others carry CONTINUE.
-  Result<void> put_named_page(size_t block) {
-    QV_ASSIGN(const Run run, run_at(block, 0));
+  /// The first record of a block carries its name.
+  Result<void> put_named_page(size_t block, uint64_t offset) {
+    QV_ASSIGN(const Run run, run_at(block, offset));
     std::byte *const page = scratch_.data();
     bool zero = true;
     if (run.touched) {
-      QV_TRY(read_page(block, 0, page));
+      QV_TRY(read_page(block, offset, page));
       zero = is_zero(page, page_bytes_);
     }
     StreamPart record;
-    record.add(zero ? ram_zero : ram_page);  // at offset 0
+    record.add(offset | (zero ? ram_zero : ram_page));
     record.add_short_text(ram_.blocks()[block].idstr);
     if (zero) {
       record.add(uint8_t{0});
@@ -247,8 +238,7 @@ class LegacyWriter {
 
   Result<void> report(uint64_t pages) {
     done_bytes_ += pages * page_bytes_;
-    if (hook_ &&
-        (done_bytes_ - reported_bytes_ >= hook_interval_bytes || done_bytes_ == stats_.ram_bytes)) {
+    if (hook_ && done_bytes_ - reported_bytes_ >= hook_interval_bytes) {
       reported_bytes_ = done_bytes_;
       return hook_(done_bytes_);
     }
@@ -256,26 +246,77 @@ class LegacyWriter {
   }
 
   io::StreamBuffer &out_;
-  const StreamConfiguration &configuration_;
   RamSource &ram_;
-  std::span<const DeviceSection> devices_;
   const RamHook &hook_;
+  const DirtyPages *dirty_;
   const uint64_t page_bytes_;
   const uint64_t record_bytes_;
-  std::vector<std::byte> scratch_;
-  StreamStats stats_;
+  std::vector<std::byte> &scratch_;
+  StreamStats &stats_;
   uint64_t done_bytes_ = 0;
   uint64_t reported_bytes_ = 0;
 };
 
-}  // namespace
+LegacyWriter::LegacyWriter(io::StreamBuffer &out, const StreamConfiguration &configuration,
+                           std::span<const RamBlock> blocks,
+                           std::span<const DeviceSection> before_ram)
+    : out_(&out),
+      configuration_(configuration),
+      blocks_(blocks.begin(), blocks.end()),
+      devices_{{before_ram.begin(), before_ram.end()}, {}},
+      start_(out.tell()),
+      scratch_(page_header_bytes + 1 + section_idstr_bytes_max + configuration.page_bytes) {
+  stats_.ram_bytes = total_bytes(blocks);
+}
+
+Result<LegacyWriter> LegacyWriter::begin(io::StreamBuffer &out,
+                                         const StreamConfiguration &configuration,
+                                         std::span<const RamBlock> blocks,
+                                         std::span<const DeviceSection> before_ram) {
+  QV_TRY(check_stream_arguments(configuration, blocks));
+  LegacyWriter writer(out, configuration, blocks, before_ram);
+  StreamPart head;
+  add_stream_head(head, configuration, {}, before_ram);
+  add_ram_start(head, writer.stats_.ram_bytes);
+  for (const RamBlock &block : blocks) {
+    head.add_short_text(block.idstr);
+    head.add(block.used_bytes);
+  }
+  add_ram_body_end(head);
+  QV_TRY(out.put(head.span()));
+  return writer;
+}
+
+Result<void> LegacyWriter::put_pages(RamSource &ram, const RamHook &hook, const DirtyPages *dirty) {
+  assert(std::ranges::equal(ram.blocks(), blocks_, {}, &RamBlock::idstr, &RamBlock::idstr));
+  StreamPart part;
+  add_ram_continuation(part, section_part);
+  QV_TRY(out_->put(part.span()));
+  QV_TRY(Round(*this, ram, hook, dirty).put_all());
+  StreamPart end;
+  add_ram_body_end(end);
+  return out_->put(end.span());
+}
+
+Result<StreamStats> LegacyWriter::finish(std::span<const DeviceSection> after_ram) {
+  devices_.after_ram.assign(after_ram.begin(), after_ram.end());
+  StreamPart tail;
+  add_ram_continuation(tail, section_end);
+  add_ram_body_end(tail);
+  add_stream_tail(tail, configuration_, devices_);
+  QV_TRY(out_->put(tail.span()));
+  stats_.stream_bytes = out_->tell() - start_;
+  QV_TRY(out_->finish());
+  return stats_;
+}
 
 Result<StreamStats> write_legacy_stream(io::StreamBuffer &out,
                                         const StreamConfiguration &configuration, RamSource &ram,
-                                        std::span<const DeviceSection> devices,
-                                        const RamHook &hook) {
-  QV_TRY(check_stream_arguments(configuration, ram.blocks()));
-  return LegacyWriter(out, configuration, ram, devices, hook).write();
+                                        const LoadOrder &devices, const RamHook &hook) {
+  QV_ASSIGN(LegacyWriter writer,
+            LegacyWriter::begin(out, configuration, ram.blocks(), devices.before_ram));
+  QV_TRY(writer.put_pages(ram, hook));
+  return writer.finish(devices.after_ram);
 }
 
 }  // namespace qvmstate::vmstate

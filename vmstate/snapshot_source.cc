@@ -16,8 +16,14 @@ Result<std::unique_ptr<SnapshotSource>> SnapshotSource::create(const qcow2::Imag
 Result<std::unique_ptr<SnapshotSource>> SnapshotSource::reopen(const qcow2::Image &image,
                                                                const qcow2::Snapshot &snapshot,
                                                                const io::OpenOptions &options) {
+  QV_ASSIGN(auto file, reopen_file(image.file(), options));
+  return over(std::move(file), snapshot);
+}
+
+Result<std::unique_ptr<SnapshotSource>> SnapshotSource::over(std::unique_ptr<io::File> file,
+                                                             const qcow2::Snapshot &snapshot) {
   auto owned = std::make_unique<Owned>();
-  QV_ASSIGN(owned->file, reopen_file(image.file(), options));
+  owned->file = std::move(file);
   QV_ASSIGN(owned->image, qcow2::Image::open(*owned->file));
   for (const qcow2::Snapshot &found : owned->image.snapshots()) {
     if (found.id == snapshot.id && found.name == snapshot.name &&
@@ -28,7 +34,7 @@ Result<std::unique_ptr<SnapshotSource>> SnapshotSource::reopen(const qcow2::Imag
           new SnapshotSource(std::move(owned), own, found, file_bytes));
     }
   }
-  return fail(ErrorCode::not_found, image.name() + ": snapshot '" + snapshot.name +
+  return fail(ErrorCode::not_found, owned->image.name() + ": snapshot '" + snapshot.name +
                                         "' was deleted or replaced while it was read");
 }
 

@@ -1,6 +1,5 @@
 #include "vmstate/stream_parts.h"
 
-#include <algorithm>
 #include <bit>
 #include <unordered_set>
 
@@ -12,12 +11,6 @@ namespace {
 
 constexpr uint64_t page_bytes_min = 4096;  // QEMU's targets; the flags need the bits below it
 constexpr uint64_t blocks_bytes_max = uint64_t{1} << 56;  // far above any guest; sums do not wrap
-
-/// QEMU loads virtio-mem's early section before RAM, because it says which parts of the device's
-/// RAM are plugged.
-bool is_early(const DeviceSection &section) {
-  return section.idstr.ends_with("virtio-mem-device-early");
-}
 
 }  // namespace
 
@@ -62,9 +55,18 @@ uint64_t total_bytes(std::span<const RamBlock> blocks) {
   return bytes;
 }
 
+LoadOrder qemu_load_order(std::span<const DeviceSection> devices) {
+  LoadOrder order;
+  for (const DeviceSection &device : devices) {
+    const bool early = device.idstr.ends_with("virtio-mem-device-early");
+    (early ? order.before_ram : order.after_ram).push_back(device);
+  }
+  return order;
+}
+
 void add_stream_head(StreamPart &part, const StreamConfiguration &configuration,
                      std::span<const std::string_view> capabilities,
-                     std::span<const DeviceSection> devices) {
+                     std::span<const DeviceSection> before_ram) {
   part.add(stream_magic);
   part.add(stream_version);
   part.add(section_configuration);
@@ -85,23 +87,18 @@ void add_stream_head(StreamPart &part, const StreamConfiguration &configuration,
       part.add_short_text(capability);
     }
   }
-  for (const DeviceSection &device : devices) {
-    if (is_early(device)) {
-      part.add_bytes(device.whole);
-    }
+  for (const DeviceSection &device : before_ram) {
+    part.add_bytes(device.whole);
   }
 }
 
 void add_stream_tail(StreamPart &part, const StreamConfiguration &configuration,
-                     std::span<const DeviceSection> devices) {
-  // Described in the order of the stream.
-  std::vector<DeviceSection> ordered(devices.begin(), devices.end());
-  std::ranges::stable_partition(ordered, is_early);
-  for (const DeviceSection &device : ordered) {
-    if (!is_early(device)) {
-      part.add_bytes(device.whole);
-    }
+                     const LoadOrder &devices) {
+  for (const DeviceSection &device : devices.after_ram) {
+    part.add_bytes(device.whole);
   }
+  std::vector<DeviceSection> ordered = devices.before_ram;
+  ordered.insert(ordered.end(), devices.after_ram.begin(), devices.after_ram.end());
   const std::string description =
       format_vmdescription(configuration.machine_type, configuration.target_page_bits,
                            configuration.page_bytes, ordered);

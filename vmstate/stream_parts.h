@@ -67,14 +67,22 @@ Result<void> check_stream_arguments(const StreamConfiguration &configuration,
 
 uint64_t total_bytes(std::span<const RamBlock> blocks);
 
-/// File header, configuration section with these capabilities, and the device sections that QEMU
-/// loads before RAM.
+/// Device sections by when they are loaded.
+struct LoadOrder {
+  std::vector<DeviceSection> before_ram;
+  std::vector<DeviceSection> after_ram;
+};
+/// As QEMU wants them: virtio-mem's early section before RAM, because it says which parts of the
+/// device's RAM are plugged; all others after it.
+LoadOrder qemu_load_order(std::span<const DeviceSection> devices);
+
+/// File header, configuration section with these capabilities, and device sections.
 void add_stream_head(StreamPart &part, const StreamConfiguration &configuration,
                      std::span<const std::string_view> capabilities,
-                     std::span<const DeviceSection> devices);
-/// The other device sections, end mark, vmdescription.
+                     std::span<const DeviceSection> before_ram);
+/// Device sections, end mark, and the vmdescription of all of them.
 void add_stream_tail(StreamPart &part, const StreamConfiguration &configuration,
-                     std::span<const DeviceSection> devices);
+                     const LoadOrder &devices);
 
 /// "ram" START up to the block list, which follows.
 void add_ram_start(StreamPart &part, uint64_t ram_bytes);

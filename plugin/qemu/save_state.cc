@@ -87,7 +87,8 @@ Result<vmstate::StreamStats> write_legacy(const StateTarget &target,
   }
   io::StreamBuffer stream(*target.file, pools.back(), *target.sequential,
                           [&](uint64_t bytes) { return pace.flushed(bytes); });
-  return vmstate::write_legacy_stream(stream, configuration, *ram.front().source, devices,
+  return vmstate::write_legacy_stream(stream, configuration, *ram.front().source,
+                                      vmstate::qemu_load_order(devices),
                                       [&](uint64_t bytes) { return pace.ram_done(bytes); });
 }
 

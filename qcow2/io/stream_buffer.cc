@@ -12,7 +12,11 @@
 namespace qvmstate::io {
 
 StreamBuffer::StreamBuffer(File &file, BufferPool &pool, Placement &placement, FlushHook hook)
-    : file_(file), pool_(pool), placement_(placement), hook_(std::move(hook)) {
+    : file_(file),
+      pool_(pool),
+      placement_(placement),
+      hook_(std::move(hook)),
+      starts_(pool.count()) {
   assert(placement_.unit_bytes() > 0 && pool_.at(0).capacity % placement_.unit_bytes() == 0);
 }
 
@@ -51,6 +55,16 @@ Result<void> StreamBuffer::put(std::span<const std::byte> bytes) {
   return stopped();
 }
 
+uint64_t StreamBuffer::landed() const {
+  uint64_t position = flushed_;
+  for (unsigned i = 0; i < pool_.count(); ++i) {
+    if (pool_.at(i).state == BufferState::in_flight) {
+      position = std::min(position, starts_[i]);
+    }
+  }
+  return position;
+}
+
 Result<void> StreamBuffer::finish() {
   assert(!finished_);
   QV_TRY(stopped());
@@ -85,6 +99,7 @@ Result<void> StreamBuffer::write_current() {
   runs_.clear();
   QV_TRY(placement_.place(StreamOffset(flushed_), buffer.used, runs_));
   pool_.send_off(buffer, static_cast<unsigned>(runs_.size()));
+  starts_[buffer.index] = flushed_;
   current_ = nullptr;
   flushed_ += buffer.used;
   size_t done = 0;

@@ -46,6 +46,8 @@ class StreamBuffer {
   [[nodiscard]] Result<void> put(std::span<const std::byte> bytes);
   /// Stream position: all bytes so far, those still in the buffer included.
   uint64_t tell() const { return position_; }
+  /// All bytes before this position were written by the file.
+  uint64_t landed() const;
   /// Pads, writes and waits for everything. Nothing may follow.
   [[nodiscard]] Result<void> finish();
 
@@ -65,6 +67,7 @@ class StreamBuffer {
   Buffer *current_ = nullptr;
   uint64_t position_ = 0;
   uint64_t flushed_ = 0;
+  std::vector<uint64_t> starts_;  // of each buffer in flight, its position
   bool finished_ = false;
   std::optional<Error> error_;
   std::vector<HostRun> runs_;

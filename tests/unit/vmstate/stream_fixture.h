@@ -124,7 +124,7 @@ inline Written write_stream(RamSource &ram, const StreamConfiguration &configura
   EXPECT_TRUE(pool);
   IdentityPlacement placement;
   io::StreamBuffer out(file, *pool, placement);
-  auto stats = write_legacy_stream(out, configuration, ram, devices, hook);
+  auto stats = write_legacy_stream(out, configuration, ram, qemu_load_order(devices), hook);
   Blob bytes;
   if (stats) {
     bytes = memory.contents();
