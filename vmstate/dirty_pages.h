@@ -27,6 +27,16 @@ class DirtyPages {
   uint64_t first_clean(size_t block, uint64_t page, uint64_t end) const {
     return first_bit(block, page, end, ~uint64_t{0});
   }
+  /// How many of a block's first `end` pages are dirty.
+  uint64_t count(size_t block, uint64_t end) const {
+    uint64_t pages = 0;
+    for (uint64_t page = first_dirty(block, 0, end); page < end;) {
+      const uint64_t clean = first_clean(block, page, end);
+      pages += clean - page;
+      page = first_dirty(block, clean, end);
+    }
+    return pages;
+  }
 
  private:
   /// `flip`: what turns the bits looked for into ones.

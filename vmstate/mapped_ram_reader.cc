@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -120,7 +122,12 @@ class Channel {
 
   /// To the end of the portions, or until something stops it. Nothing is in flight afterwards.
   Result<void> run(Portions &portions) {
-    auto done = read_all(portions);
+    Result<void> done;
+    try {
+      done = read_all(portions);
+    } catch (const std::bad_alloc &) {
+      done = fail_errno(ENOMEM, "reading RAM");
+    }
     if (!done && file_ != nullptr) {
       // The buffers must not be freed under transfers; the error that counts is `done`.
       (void)file_->drain();
@@ -382,6 +389,8 @@ Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &o
     stop.fail({ErrorCode::io, error.code().value(),
                std::string("cannot start threads to read RAM: ") + error.what() +
                    "; use fewer --channels"});
+  } catch (const std::bad_alloc &) {
+    stop.fail(fail_errno(ENOMEM, "cannot start threads to read RAM").value());
   }
   blocked.reset();
   run_channel(*channels[0], portions, stop);

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cerrno>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <system_error>
 #include <thread>
@@ -21,7 +23,6 @@ constexpr uint64_t batch_bytes = 256 * kib;
 // Zero pages between two others are written with them where that saves a write: a disk does about
 // 100,000 a second, whatever their size. Of one page in ten this makes one in eight.
 constexpr uint64_t bridged_bytes_max = 8 * kib;
-constexpr uint64_t no_buffer_cookie = UINT64_MAX;  // of transfers straight from guest memory
 
 // Written over pages that became zero.
 alignas(4096) constexpr std::byte zero_page[page_bytes_max] = {};
@@ -30,22 +31,11 @@ uint64_t words_for(uint64_t pages) {
   return divide_up(pages, 64);
 }
 
-/// The first bit of this value at `from` or later, or `end`.
-uint64_t find_bit(std::span<const uint64_t> words, bool value, uint64_t from, uint64_t end) {
-  for (uint64_t bit = from; bit < end; bit = round_down(bit, 64) + 64) {
-    const uint64_t word = (value ? words[bit / 64] : ~words[bit / 64]) >> bit % 64;
-    if (word != 0) {
-      return std::min(bit + static_cast<uint64_t>(std::countr_zero(word)), end);
-    }
-  }
-  return end;
-}
-
 }  // namespace
 
 Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configuration,
                                               std::span<const RamBlock> blocks,
-                                              std::span<const DeviceSection> devices,
+                                              std::span<const DeviceSection> before_ram,
                                               const MappedWriteOptions &options) {
   QV_TRY(check_stream_arguments(configuration, blocks));
   MappedRamWriter writer;
@@ -53,7 +43,8 @@ Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configu
   writer.options_ = options;
   writer.stats_.ram_bytes = total_bytes(blocks);
   constexpr std::string_view capabilities[] = {mapped_ram_capability};
-  add_stream_head(writer.head_, configuration, capabilities, devices);
+  writer.before_ram_.assign(before_ram.begin(), before_ram.end());
+  add_stream_head(writer.head_, configuration, capabilities, before_ram);
   add_ram_start(writer.head_, writer.stats_.ram_bytes);
   uint64_t at = options.start_bytes + writer.head_.span().size();
   for (const RamBlock &ram : blocks) {
@@ -67,12 +58,7 @@ Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configu
     at = block.pages_offset + ram.used_bytes;
     writer.blocks_.push_back(std::move(block));
   }
-  add_ram_body_end(writer.tail_);
-  add_ram_continuation(writer.tail_, section_end);
-  add_ram_body_end(writer.tail_);
-  add_stream_tail(writer.tail_, configuration, devices);
   writer.tail_offset_ = at;
-  writer.end_bytes_ = at + writer.tail_.span().size();
   return writer;
 }
 
@@ -151,8 +137,8 @@ class MappedRamWriter::Round {
     if (dirty_ == nullptr) {
       return {first, end};
     }
-    const uint64_t from = find_bit((*dirty_)[block], true, first, end);
-    return {from, find_bit((*dirty_)[block], false, from, end)};
+    const uint64_t from = dirty_->first_dirty(block, first, end);
+    return {from, from == end ? end : dirty_->first_clean(block, from, end)};
   }
   bool is_first() const { return dirty_ == nullptr; }
   MappedRamWriter &writer() { return writer_; }
@@ -182,10 +168,18 @@ class MappedRamWriter::Channel {
         source_(*channel.source),
         pool_(*channel.pool),
         page_bytes_(round.writer().configuration_.page_bytes),
-        depth_(round.writer().options_.depth) {}
+        depth_(round.writer().options_.depth),
+        bridged_bytes_(round.is_first() && !round.writer().options_.ram_changes ? bridged_bytes_max
+                                                                                : 0),
+        on_landed_(round.writer().options_.on_landed) {}
 
   void run() {
-    auto done = write_chunks();
+    Result<void> done;
+    try {
+      done = write_chunks();
+    } catch (const std::bad_alloc &) {
+      done = fail_errno(ENOMEM, "writing RAM");
+    }
     if (!done) {
       round_.fail_with(std::move(done).error());
     }
@@ -210,12 +204,22 @@ class MappedRamWriter::Channel {
     const std::byte *from;
   };
 
+  /// A chunk whose transfers were started.
+  struct Flight {
+    Round::Chunk chunk;
+    io::Buffer *buffer;  ///< or null: straight from guest memory
+    size_t parts_left;   ///< transfers in flight; 0: the place is free
+  };
+
   Result<void> write_chunks() {
     while (const auto chunk = round_.next()) {
       pieces_.clear();
       QV_ASSIGN(io::Buffer *const buffer, find_pieces(*chunk));
       QV_ASSIGN(const uint64_t queued_bytes, write_pieces(*chunk, buffer));
       QV_TRY(round_.report(chunk->bytes, queued_bytes));
+    }
+    while (file_.pending() > 0) {
+      QV_TRY(land_one());
     }
     return {};
   }
@@ -279,7 +283,7 @@ class MappedRamWriter::Channel {
       if (is_zero(memory + done, page_bytes_)) {
         note_zero(block, page);
       } else {
-        if (round_.is_first() && pieces_.size() > first_piece) {
+        if (pieces_.size() > first_piece) {
           bridge_gap(offset + done);
         }
         note_piece(offset + done, memory + done);
@@ -302,7 +306,7 @@ class MappedRamWriter::Channel {
   /// Lets the last piece reach up to `offset` if only a few zero pages lie between.
   void bridge_gap(uint64_t offset) {
     Piece &last = pieces_.back();
-    if (offset - (last.offset + last.bytes) <= bridged_bytes_max) {
+    if (offset - (last.offset + last.bytes) <= bridged_bytes_) {
       last.bytes = offset - last.offset;
     }
   }
@@ -328,6 +332,7 @@ class MappedRamWriter::Channel {
       if (buffer != nullptr) {
         pool_.give_back(*buffer);
       }
+      tell_landed(chunk);
       return queued_bytes;
     }
     const uint64_t pages_offset = round_.writer().blocks_[chunk.block].pages_offset;
@@ -341,6 +346,8 @@ class MappedRamWriter::Channel {
       buffer->used = chunk.bytes;
       pool_.send_off(*buffer, static_cast<unsigned>(runs_.size()));
     }
+    const size_t flight = free_flight();
+    flights_[flight] = {chunk, buffer, runs_.size()};
     auto run = runs_.begin();
     for (const Piece &piece : pieces_) {
       for (uint64_t done = 0; done < piece.bytes; done += run->bytes, ++run) {
@@ -348,8 +355,7 @@ class MappedRamWriter::Channel {
           QV_TRY(land_one());
         }
         QV_TRY(file_.start_write({piece.from + done, run->bytes}, run->offset,
-                                 buffer == nullptr ? io::no_buffer : buffer->index,
-                                 buffer == nullptr ? no_buffer_cookie : buffer->index));
+                                 buffer == nullptr ? io::no_buffer : buffer->index, flight));
         queued_bytes += run->bytes;
       }
     }
@@ -358,10 +364,30 @@ class MappedRamWriter::Channel {
 
   Result<void> land_one() {
     QV_ASSIGN(const uint64_t cookie, file_.wait_any());
-    if (cookie != no_buffer_cookie) {
-      pool_.part_landed(pool_.at(static_cast<unsigned>(cookie)));
+    Flight &flight = flights_[cookie];
+    if (flight.buffer != nullptr) {
+      pool_.part_landed(*flight.buffer);
+    }
+    if (--flight.parts_left == 0) {
+      tell_landed(flight.chunk);
     }
     return {};
+  }
+
+  void tell_landed(const Round::Chunk &chunk) const {
+    if (on_landed_) {
+      on_landed_(chunk.block, chunk.offset, chunk.bytes);
+    }
+  }
+
+  /// Of no chunk in flight.
+  size_t free_flight() {
+    const auto unused = std::ranges::find(flights_, size_t{0}, &Flight::parts_left);
+    if (unused == flights_.end()) {
+      flights_.push_back({});
+      return flights_.size() - 1;
+    }
+    return static_cast<size_t>(unused - flights_.begin());
   }
 
   Result<io::Buffer *> free_buffer() {
@@ -379,7 +405,10 @@ class MappedRamWriter::Channel {
   io::BufferPool &pool_;
   const uint64_t page_bytes_;
   const unsigned depth_;
+  const uint64_t bridged_bytes_;
+  const std::function<void(size_t, uint64_t, uint64_t)> &on_landed_;
   StreamStats stats_;
+  std::vector<Flight> flights_;  ///< a transfer's cookie is the index of its chunk here
   std::vector<Piece> pieces_;
   std::vector<io::StreamRange> ranges_;
   std::vector<io::HostRun> runs_;
@@ -402,6 +431,8 @@ Result<void> MappedRamWriter::write_pages(std::span<const RamChannel> channels,
   } catch (const std::system_error &error) {
     round.fail_with({ErrorCode::io, error.code().value(),
                      std::string("starting a channel's thread: ") + error.what()});
+  } catch (const std::bad_alloc &) {
+    round.fail_with(fail_errno(ENOMEM, "starting a channel's thread").value());
   }
   blocked.reset();
   work[0].run();
@@ -439,7 +470,8 @@ std::vector<uint64_t> MappedRamWriter::bitmap_words(const Block &block) const {
   return words;
 }
 
-Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &placement) {
+Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &placement,
+                                            std::span<const DeviceSection> after_ram) {
   auto write = [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
     const io::StreamRange range{StreamOffset(offset), bytes.size()};
     std::vector<io::HostRun> runs;
@@ -464,10 +496,15 @@ Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &
     QV_TRY(write(block.header_offset, bytes));
   }
   QV_TRY(write(options_.start_bytes, head_.span()));
-  QV_TRY(write(tail_offset_, tail_.span()));
+  StreamPart tail;
+  add_ram_body_end(tail);
+  add_ram_continuation(tail, section_end);
+  add_ram_body_end(tail);
+  add_stream_tail(tail, configuration_, {before_ram_, {after_ram.begin(), after_ram.end()}});
+  QV_TRY(write(tail_offset_, tail.span()));
   stats_.zero_pages =
       pages - stats_.data_pages - std::min(stats_.untouched_pages, pages - stats_.data_pages);
-  stats_.stream_bytes = end_bytes_ - options_.start_bytes;
+  stats_.stream_bytes = tail_offset_ + tail.span().size() - options_.start_bytes;
   return stats_;
 }
 

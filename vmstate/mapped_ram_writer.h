@@ -21,6 +21,7 @@
 #include "qcow2/io/placement.h"
 #include "qcow2/io/result.h"
 #include "vmstate/device_sections.h"
+#include "vmstate/dirty_pages.h"
 #include "vmstate/ram_source.h"
 #include "vmstate/stream_parts.h"
 
@@ -44,27 +45,30 @@ struct MappedWriteOptions {
   bool all_pages_present = false;
   /// Transfers in flight in each channel.
   unsigned depth = 8;
+  /// The VM runs while write_pages() does. Then zero pages between others are never written with
+  /// them: they may not be zero any more by the time they are.
+  bool ram_changes = false;
+  /// Called by any channel, several at a time, when a part of a block is dealt with and its pages
+  /// are in the file: their memory is not read again in this round.
+  std::function<void(size_t block, uint64_t offset, uint64_t bytes)> on_landed = {};
 };
 
 /// Called by one channel at a time with the RAM bytes dealt with and the bytes given to the file so
 /// far; an error (cancelled) stops all channels. May sleep to keep to a rate.
 using ChannelHook = std::function<Result<void>(uint64_t ram_bytes_done, uint64_t bytes_queued)>;
 
-/// A bit for each page of each block, as DirtyPages[block][page / 64] >> page % 64.
-using DirtyPages = std::vector<std::vector<uint64_t>>;
-
 class MappedRamWriter {
  public:
-  /// Lays the stream out and takes all of the devices' bytes.
+  /// Lays the stream out and takes these devices' bytes.
   static Result<MappedRamWriter> plan(const StreamConfiguration &configuration,
                                       std::span<const RamBlock> blocks,
-                                      std::span<const DeviceSection> devices,
+                                      std::span<const DeviceSection> before_ram,
                                       const MappedWriteOptions &options);
 
   /// RAM is dealt with in chunks of this size: a multiple of what the placement likes.
   static uint64_t chunk_bytes(const io::FixedPlacement &placement);
-  /// Where the stream ends, known from the start.
-  uint64_t end_bytes() const { return end_bytes_; }
+  /// Where RAM ends in the file; only devices come after it.
+  uint64_t pages_end_bytes() const { return tail_offset_; }
 
   /// Writes all pages that are not zero; or, in a later round, the pages of `dirty`, which
   /// supersede what was written of them. All sources have the blocks of plan(). When it returns,
@@ -73,7 +77,8 @@ class MappedRamWriter {
                            const ChannelHook &hook, const DirtyPages *dirty = nullptr);
 
   /// Writes all the rest: after the last round, through `file`.
-  Result<StreamStats> finish(io::File &file, io::FixedPlacement &placement);
+  Result<StreamStats> finish(io::File &file, io::FixedPlacement &placement,
+                             std::span<const DeviceSection> after_ram);
 
  private:
   struct Block {
@@ -94,10 +99,9 @@ class MappedRamWriter {
   StreamConfiguration configuration_;
   MappedWriteOptions options_;
   std::vector<Block> blocks_;
+  std::vector<DeviceSection> before_ram_;
   StreamPart head_;
-  StreamPart tail_;
   uint64_t tail_offset_ = 0;
-  uint64_t end_bytes_ = 0;
   StreamStats stats_;
 };
 

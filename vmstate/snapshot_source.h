@@ -16,7 +16,8 @@ class SnapshotSource : public StreamSource {
   /// Of an image that somebody else keeps open, longer than this lives.
   static Result<std::unique_ptr<SnapshotSource>> create(const qcow2::Image &image,
                                                         const qcow2::Snapshot &snapshot);
-  /// Of the image in `file`, for a channel of its own. `snapshot` must still be in it as it is here.
+  /// Of the image in `file`, for a channel of its own. `snapshot` must still be in it as it is
+  /// here.
   static Result<std::unique_ptr<SnapshotSource>> over(std::unique_ptr<io::File> file,
                                                       const qcow2::Snapshot &snapshot);
   /// The same, opening the file behind `image` once more, whatever its name leads to by now.

@@ -20,11 +20,6 @@ struct Failure {
       : code(code_of_abi), sys_errno(number), message(std::move(text)) {}
   // So that QV_TRY and QV_ASSIGN take both kinds of results.
   Failure(Error error);  // NOLINT(google-explicit-constructor)
-
-  /// Whether the call was a mistake of the host, which changes nothing.
-  bool is_misuse() const {
-    return code == QVMSTATE_BAD_ARGUMENT || code == QVMSTATE_BAD_STATE || code == QVMSTATE_MISMATCH;
-  }
 };
 
 template <class T>

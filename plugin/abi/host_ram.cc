@@ -70,7 +70,8 @@ Outcome<HostBlock> take_block(const qvmstate_ram_block &given, uint64_t guest_pa
   const auto wrong = [&](const std::string &what) {
     return refuse(QVMSTATE_BAD_ARGUMENT, "RAM block '" + block.name + "': " + what);
   };
-  if (std::ranges::any_of(others, [&](const HostBlock &other) { return other.name == block.name; })) {
+  if (std::ranges::any_of(others,
+                          [&](const HostBlock &other) { return other.name == block.name; })) {
     return wrong("there is a block of this name already");
   }
   if (!std::has_single_bit(block.page_bytes) || block.page_bytes < host_page_bytes_min) {
@@ -105,13 +106,25 @@ std::vector<vmstate::RamBlock> ram_blocks(std::span<const HostBlock> blocks) {
 Result<std::unique_ptr<vmstate::RamSource>> open_host_ram(std::span<const HostBlock> blocks) {
   std::vector<qemu::HostRamBlock> known;
   for (const HostBlock &block : blocks) {
-    known.push_back({{block.name, block.bytes, block.page_bytes},
-                     reinterpret_cast<uintptr_t>(block.address)});
+    known.push_back(
+        {{block.name, block.bytes, block.page_bytes}, reinterpret_cast<uintptr_t>(block.address)});
   }
   if (auto source = qemu::InProcessSource::open(std::move(known))) {
     return std::unique_ptr<vmstate::RamSource>(std::move(*source));
   }
   return std::unique_ptr<vmstate::RamSource>(std::make_unique<PlainRam>(blocks));
+}
+
+Result<uint64_t> touched_bytes(vmstate::RamSource &source) {
+  uint64_t touched = 0;
+  for (size_t block = 0; block < source.blocks().size(); ++block) {
+    for (uint64_t at = 0; at < source.blocks()[block].used_bytes;) {
+      QV_ASSIGN(const auto presence, source.presence(block, at));
+      touched += presence.touched ? presence.bytes : 0;
+      at += presence.bytes;
+    }
+  }
+  return touched;
 }
 
 }  // namespace qvmstate::abi

@@ -32,4 +32,7 @@ std::vector<vmstate::RamBlock> ram_blocks(std::span<const HostBlock> blocks);
 /// holds. Where the system does not tell (no /proc), all count as touched.
 Result<std::unique_ptr<vmstate::RamSource>> open_host_ram(std::span<const HostBlock> blocks);
 
+/// Bytes of all blocks that may hold data.
+Result<uint64_t> touched_bytes(vmstate::RamSource &source);
+
 }  // namespace qvmstate::abi

@@ -65,11 +65,10 @@ Outcome<std::unique_ptr<Session>> Session::open(const qvmstate_session_options &
   std::unique_ptr<Session> session(new Session(options, shown_name(options)));
   QV_TRY(session->open_descriptors(options, *direct_mode(options.direct)));
   // Before the lock: to drop one that was refused would drop that of an open file in common.
-  QV_TRY(session->open_image_.enter(session->descriptors_.any(), session->writable_,
-                                    session->name_));
+  QV_TRY(
+      session->open_image_.enter(session->descriptors_.any(), session->writable_, session->name_));
   QV_ASSIGN(session->file_, session->another_file(io::OpenOptions().depth));
-  const auto role =
-      session->writable_ ? qcow2::LockRole::writer : qcow2::LockRole::stable_reader;
+  const auto role = session->writable_ ? qcow2::LockRole::writer : qcow2::LockRole::stable_reader;
   QV_ASSIGN(session->lock_,
             qcow2::ImageLock::take(session->file_->descriptors(), role, session->name_));
   QV_ASSIGN(session->image_, qcow2::Image::open(*session->file_));

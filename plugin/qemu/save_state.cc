@@ -1,13 +1,12 @@
 #include "plugin/qemu/save_state.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <optional>
 #include <thread>
 
 #include "plugin/qemu/stopped_vm.h"
 #include "qcow2/io/stream_buffer.h"
+#include "vmstate/channel_count.h"
 #include "vmstate/legacy_writer.h"
 #include "vmstate/mapped_ram_writer.h"
 
@@ -16,9 +15,6 @@ namespace {
 
 constexpr milliseconds progress_interval{50};
 constexpr milliseconds rate_slice{50};
-// One thread fills about 2 GiB/s through process_vm_readv; four do for the fastest disks.
-constexpr unsigned channels_default_max = 4;
-constexpr uint64_t ram_bytes_per_channel_min = 64 * mib;
 
 /// Follows the stream: progress, cancelling, rate.
 class Pace {
@@ -102,10 +98,11 @@ Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
   mapped.start_bytes = target.start_bytes;
   mapped.all_pages_present = target.all_pages_present;
   mapped.depth = channel_depth;
+  const vmstate::LoadOrder order = vmstate::qemu_load_order(devices);
   QV_ASSIGN(auto writer, vmstate::MappedRamWriter::plan(configuration, ram.front().source->blocks(),
-                                                        devices, mapped));
+                                                        order.before_ram, mapped));
   if (target.grows) {
-    QV_TRY(target.file->resize(writer.end_bytes()));
+    QV_TRY(target.file->resize(writer.pages_end_bytes()));
   }
   const size_t count = target.channels.size();
   const size_t buffers = std::max<size_t>(io::buffer_count_min, options.buffers / count);
@@ -125,7 +122,7 @@ Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
     return pace.flushed(queued_bytes);
   };
   QV_TRY(writer.write_pages(channels, *target.fixed, follow));
-  return writer.finish(*target.file, *target.fixed);
+  return writer.finish(*target.file, *target.fixed, order.after_ram);
 }
 
 }  // namespace
@@ -134,14 +131,7 @@ unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes) {
   if (options.layout != SaveLayout::mapped_ram) {
     return 0;
   }
-  if (options.channels != 0) {
-    return options.channels;
-  }
-  cpu_set_t cpus;
-  const int count = ::sched_getaffinity(0, sizeof cpus, &cpus) == 0 ? CPU_COUNT(&cpus) : 1;
-  const uint64_t of_use = std::max<uint64_t>(1, ram_bytes / ram_bytes_per_channel_min);
-  return static_cast<unsigned>(
-      std::min<uint64_t>(of_use, std::clamp<unsigned>(count, 1, channels_default_max)));
+  return options.channels != 0 ? options.channels : vmstate::default_channels(ram_bytes);
 }
 
 Result<RamEstimate> look_at_ram(LiveVm &vm, Seat seat, SaveReport &report) {

@@ -26,8 +26,9 @@ LAYERS = {
     "qcow2/io": ["qcow2/io"],
     "qcow2": ["qcow2", "qcow2/io"],
     "vmstate": ["vmstate", "qcow2", "qcow2/io"],
-    "plugin": ["plugin", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
+    "plugin": ["plugin", "plugin/abi", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
     "plugin/qemu": ["plugin", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
+    "plugin/abi": ["plugin", "plugin/abi", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
     "tools": ["tools", "plugin", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
 }
 LIBQCOW_ALLOWED = ("tests/", "tools/")
