@@ -47,21 +47,21 @@ inline const qvmstate_api &api() {
 #define ASSERT_OK(call) ASSERT_EQ((call), QVMSTATE_OK) << error.message
 
 /// A call that must fail with this code, a message that has `text`, and the code in the struct too.
-#define EXPECT_REFUSED(call, expected_code, text)                               \
-  do {                                                                          \
-    std::memset(&error, 0, sizeof error);                                       \
-    EXPECT_EQ((call), (expected_code)) << error.message;                        \
-    EXPECT_EQ(error.code, (expected_code));                                     \
-    EXPECT_NE(std::string(error.message).find(text), std::string::npos)         \
-        << "'" << error.message << "' has no '" << (text) << "'";               \
+#define EXPECT_REFUSED(call, expected_code, text)                       \
+  do {                                                                  \
+    std::memset(&error, 0, sizeof error);                               \
+    EXPECT_EQ((call), (expected_code)) << error.message;                \
+    EXPECT_EQ(error.code, (expected_code));                             \
+    EXPECT_NE(std::string(error.message).find(text), std::string::npos) \
+        << "'" << error.message << "' has no '" << (text) << "'";       \
   } while (0)
 
 /// Page aligned memory, as an emulator has it.
 class Memory {
  public:
   explicit Memory(size_t bytes) : bytes_(bytes) {
-    void *mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                          0);
+    void *mapped =
+        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     EXPECT_NE(mapped, MAP_FAILED);
     data_ = static_cast<std::byte *>(mapped);
   }
@@ -79,15 +79,15 @@ class Memory {
   std::span<std::byte> page_at(size_t number) const { return {data_ + number * page, page}; }
   Blob copy() const { return {data_, data_ + bytes_}; }
 
-  /// Of every four pages: one never touched, one zero, two random.
+  /// Of every 32 pages four never touched, four zero, the others random.
   void fill(uint32_t seed) const {
     std::mt19937_64 random(seed);
     for (size_t number = 0; number < bytes_ / page; ++number) {
-      if (number % 4 == 0) {
+      if (number % 32 < 4) {
         continue;
       }
       for (size_t at = 0; at < page; at += 8) {
-        const uint64_t word = number % 4 == 1 ? 0 : random();
+        const uint64_t word = number % 32 < 8 ? 0 : random();
         std::memcpy(page_at(number).data() + at, &word, 8);
       }
     }
@@ -173,10 +173,10 @@ class ScratchImage {
   const std::string &path() const { return path_; }
   Blob bytes() const { return qcow2::test::read_file(path_); }
   const ScratchFolder &folder() const { return folder_; }
-  /// By QEMU's own tool, where it is installed.
+  /// By QEMU's own tool, where it is installed; also while a session has the image.
   void check() const {
     if (have_tool("qemu-img")) {
-      const auto checked = run_command({"qemu-img", "check", path_});
+      const auto checked = run_command({"qemu-img", "check", "-U", path_});
       EXPECT_EQ(checked.status, 0) << checked.output;
     }
   }

@@ -12,7 +12,7 @@ INSTANTIATE_TEST_SUITE_P(Abi, Layouts,
 Ram two_blocks() {
   Ram ram;
   ram.add("main.ram", 5 * 1024 * 1024 + 3 * page).fill(1);
-  ram.add("video", 7 * page).fill(2);
+  ram.add("video", 13 * page).fill(2);
   return ram;
 }
 
@@ -28,7 +28,7 @@ TEST_P(Layouts, RamAndSectionsComeBack) {
     const qvmstate_save_report report =
         save_all(session.get(), save_options("first", GetParam()), ram, sections);
     EXPECT_STREQ(report.id, "1");
-    EXPECT_EQ(report.ram_bytes, ram.blocks[0].second.size() + 7 * page);
+    EXPECT_EQ(report.ram_bytes, ram.blocks[0].second.size() + 13 * page);
     EXPECT_GT(report.stream_bytes, ram.blocks[0].second.size() / 2);
     EXPECT_GT(report.written_bytes, ram.blocks[0].second.size() / 2);
     EXPECT_EQ(report.freed_bytes, 0U);
@@ -105,7 +105,7 @@ TEST_P(Layouts, LaterRoundsSupersede) {
     dirty[number / 64] |= uint64_t{1} << number % 64;
   };
   touch(0, 0x11);  // was never touched
-  touch(3, 0);     // had data
+  touch(10, 0);    // had data
   touch(63, 0x22);
   touch(64, 0x33);
   touch(pages - 1, 0x44);
@@ -114,7 +114,7 @@ TEST_P(Layouts, LaterRoundsSupersede) {
   ASSERT_OK(api().save_ram(save, bitmaps, 2, &error));
 
   std::fill(dirty.begin(), dirty.end(), 0);
-  touch(3, 0x55);  // had data, was zero, has data again
+  touch(10, 0x55);  // had data, was zero, has data again
   touch(63, 0);
   touch(700, 0x66);
   const uint64_t video = 0b100;
