@@ -33,11 +33,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 
-import qemus  # noqa: E402  (found through the path set above)
+import abi_case  # noqa: E402  (found through the path set above)
+import qemus  # noqa: E402
 from bare_vm import LOADED_AT_MIB, PAGE, BareVM, PeakMemory, status_kib  # noqa: E402
 from qmp import QmpError  # noqa: E402
 
 RANDOM_FILE_MIB = 1024
+SERIALIZER_GIB_MIN = 4
 MIB = 1 << 20
 FIO_RATIO_MIN = 0.85
 LARGE_RATIO_MAX = 1.5
@@ -81,7 +83,7 @@ CONTESTANTS = [
     *OURS_MAPPED, MIGRATE, SAVEVM, *ZERO, *SWEEP,
 ]
 OURS = ("plugin", "attach")
-ALL_CASES = "main,large,metadata,serializer"
+ALL_CASES = "main,large,metadata,serializer,abi"
 
 
 def compared_with(contestant):
@@ -561,7 +563,7 @@ def metadata_disk(bench, rounds, bars):
     return runs
 
 
-def serializer(bench, rounds):
+def serializer(bench, rounds, bars):
     program = os.path.join(bench.options.build, "tests", "serializer_bench")
     done = subprocess.run([program, "--gib", "1" if bench.options.quick else "2", "--rounds",
                            str(rounds), "--format", "json"], capture_output=True, text=True,
@@ -573,7 +575,11 @@ def serializer(bench, rounds):
     print(row("RAM seen", "zero pages", "GiB/s per core"))
     print(row("---", "---:", "---:"))
     for case in cases:
-        print(row(case["ram"], f"{case['zero_percent']} %", f"{case['gib_per_second']:.2f}"))
+        rate = case["gib_per_second"]
+        print(row(case["ram"], f"{case['zero_percent']} %", f"{rate:.2f}"))
+        if case["ram"] == "in_process":
+            bars.add(rate >= SERIALIZER_GIB_MIN, f"serializer, {case['zero_percent']} % zero pages: "
+                     f"{rate:.2f} GiB/s per core, at least {SERIALIZER_GIB_MIN} wanted")
     return cases
 
 
@@ -585,7 +591,7 @@ def main():
     parser.add_argument("--ram", type=parse_size_mib, help="of the guest: 2G unless told")
     parser.add_argument("--quick", action="store_true", help="2 rounds, 512M, smaller cases")
     parser.add_argument("--only", default="", metavar="TEXT", help="contestants whose name has this, "
-                        "and those they are compared with; only the main case unless told")
+                        "and those they are compared with; only the cases main and abi unless told")
     parser.add_argument("--cases", help=f"{ALL_CASES} unless told")
     parser.add_argument("--fio-engine", default="io_uring")
     options = parser.parse_args()
@@ -594,8 +600,10 @@ def main():
     options.rounds = options.rounds or (2 if options.quick else 5)
     options.ram = options.ram or (512 if options.quick else 2048)
     wanted = choose(options.only)
-    cases = (options.cases or ("main" if options.only else ALL_CASES)).split(",")
-    if not wanted or options.rounds < 1:
+    abi_rows = abi_case.choose(options.only)
+    chosen_cases = ",".join(["main"] * bool(wanted) + ["abi"] * bool(abi_rows))
+    cases = (options.cases or (chosen_cases if options.only else ALL_CASES)).split(",")
+    if not (wanted or abi_rows) or options.rounds < 1:
         parser.error("nothing to measure")
     bench = Bench(options)
     bars = Bars()
@@ -622,7 +630,10 @@ def main():
         if "metadata" in cases and "newest" not in bench.missing:
             results["metadata"] = metadata_disk(bench, options.rounds, bars)
         if "serializer" in cases:
-            results["serializer"] = serializer(bench, options.rounds)
+            results["serializer"] = serializer(bench, options.rounds, bars)
+        if "abi" in cases:
+            results["abi"] = abi_case.measure(bench, options.rounds, abi_rows, bars, quiet_machine,
+                                              progress)
     finally:
         bench.clean_up()
     print("\nBars:\n\n" + "\n".join(bars.lines))
