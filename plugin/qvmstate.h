@@ -20,9 +20,9 @@
  *   handle must not be used once it is closed.
  * THREADS  One thread at a time uses a session and the save and load begun in it; it need not be
  *   the same thread. save_cancel() and load_cancel() may be called from any thread at any time
- *   before the close. Different sessions are independent of each other. The library starts threads
- *   of its own, all of which have ended when a call returns. They, and the callbacks that run on
- *   them, have all signals blocked.
+ *   before the close. Different sessions are independent of each other. The library starts
+ *   threads of its own, all of which have ended when the session is closed. They, and the callbacks
+ *   that run on them, have all signals blocked.
  * CALLBACKS  may call save_cancel(), load_cancel() and section_put() where it says so, and nothing
  *   else of this library. They must return (no longjmp, no exception).
  * MEMORY  What is passed to a call need not outlive it, except RAM blocks, and the callbacks and

@@ -8,6 +8,7 @@
 #include "vmstate/channel_count.h"
 #include "vmstate/mapped_ram_reader.h"
 #include "vmstate/page_scan.h"
+#include "vmstate/read_ahead.h"
 
 namespace qvmstate::abi {
 namespace {
@@ -205,7 +206,8 @@ Result<void> Load::read_legacy_ram() {
     return same ? Result<void>()
                 : qvmstate::fail(ErrorCode::bad_stream, "its RAM blocks changed while it was open");
   };
-  QV_ASSIGN(stream_, vmstate::read_stream(*source_, hook, {}, check_blocks));
+  QV_ASSIGN(const auto ahead, vmstate::ReadAhead::create(*source_, snapshot_.vmstate_bytes));
+  QV_ASSIGN(stream_, vmstate::read_stream(*ahead, hook, {}, check_blocks));
   return pace_.follow(done);
 }
 

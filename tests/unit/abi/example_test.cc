@@ -1,6 +1,9 @@
 // The example for embedders: a machine that is saved, loaded in a new process, and runs on, ends as
 // one that was never interrupted.
 
+#include <fstream>
+#include <set>
+
 #include "host.h"
 
 namespace qvmstate::abi::test {
@@ -29,6 +32,30 @@ TEST(Example, SaysWhatIsWrong) {
       run_command({QVMSTATE_EXAMPLE, QVMSTATE_PLUGIN, "load", image.path(), "none", "1"});
   EXPECT_EQ(refused.status, 1);
   EXPECT_EQ(refused.output, "toy_machine: " + image.path() + ": has no snapshot named 'none'\n");
+}
+
+/// What the README quotes of it is there, line by line.
+TEST(Example, IsQuotedAsItIs) {
+  const std::string folder = QVMSTATE_SOURCE_DIR "/";
+  std::ifstream source(folder + "plugin/example/toy_machine.c");
+  std::set<std::string> lines;
+  size_t count = 0;
+  for (std::string line; std::getline(source, line); ++count) {
+    lines.insert(line);
+  }
+  EXPECT_LT(count, 200U);
+  std::ifstream readme(folder + "README.md");
+  bool quoted = false;
+  size_t found = 0;
+  for (std::string line; std::getline(readme, line);) {
+    if (line.starts_with("```")) {
+      quoted = line == "```c";
+    } else if (quoted) {
+      EXPECT_TRUE(lines.contains(line)) << line;
+      ++found;
+    }
+  }
+  EXPECT_GT(found, 10U);
 }
 
 /// A program that was built with the first header that was released.

@@ -52,6 +52,22 @@ class ScatteredPlacement : public Placement {
     return stream;
   }
 
+  /// Whether the stream in the file begins like this, as far as it was placed.
+  bool begins_with(const Bytes &file, const Bytes &stream) const {
+    size_t at = 0;
+    for (const HostRun &run : all_runs_) {
+      const size_t count = std::min<size_t>(run.bytes, stream.size() - at);
+      if (count > 0 && (run.offset.value + count > file.size() ||
+                        !std::equal(stream.begin() + static_cast<ptrdiff_t>(at),
+                                    stream.begin() + static_cast<ptrdiff_t>(at + count),
+                                    file.begin() + static_cast<ptrdiff_t>(run.offset.value)))) {
+        return false;
+      }
+      at += count;
+    }
+    return at == stream.size();
+  }
+
   std::vector<uint64_t> asked;
   size_t fail_at = SIZE_MAX;
 
@@ -124,6 +140,10 @@ TEST_P(SeededStream, WholeContentArrivesWhateverHappensToTransfers) {
       at += count;
     }
     ASSERT_EQ(s.stream->tell(), at);
+    ASSERT_LE(s.stream->landed(), at);
+    // The file holds what landed.
+    const Bytes landed(bytes.begin(), bytes.begin() + static_cast<ptrdiff_t>(s.stream->landed()));
+    ASSERT_TRUE(s.placement.begins_with(s.memory->contents(), landed));
   }
   ASSERT_TRUE(s.stream->finish());
   s.expect_all_free();
@@ -174,8 +194,10 @@ TEST(StreamBuffer, AFlushWaitsForNothingWhileBuffersAreFree) {
   ASSERT_TRUE(s.stream->put(Bytes(buffer_bytes)));
   EXPECT_EQ(s.watched.in_flight, 4U);
   EXPECT_TRUE(s.memory->journal().empty());
+  EXPECT_EQ(s.stream->landed(), 0U);
   ASSERT_TRUE(s.stream->put(Bytes(1)));  // Needs a buffer: waits for one transfer, no more.
   EXPECT_EQ(s.watched.in_flight, 3U);
+  EXPECT_EQ(s.stream->landed(), buffer_bytes);
 }
 
 TEST(StreamBuffer, TheHookHearsOfEachFlushAndStopsTheStream) {

@@ -93,6 +93,53 @@ TEST_P(LegacyWriter, golden) {
   EXPECT_EQ(written.stats->untouched_pages, 1U);
 }
 
+TEST_P(LegacyWriter, goldenRounds) {
+  FakeRam ram(GetParam());
+  const Touch pages[] = {D, Z, D};
+  ram.add_block("a", pages, 1);
+  ram.add_block("b", pages, 2);
+  for (size_t block = 0; block < 2; ++block) {
+    std::memset(ram.memory(block).data(), 0x11, page);
+    std::memset(ram.memory(block).data() + 2 * page, 0x33, page);
+  }
+  io::File file(std::make_unique<io::MemoryBackend>(), "memory", 4);
+  auto pool = io::BufferPool::create(3, 1 * mib);
+  ASSERT_TRUE(pool);
+  IdentityPlacement placement;
+  io::StreamBuffer out(file, *pool, placement);
+  auto writer = vmstate::LegacyWriter::begin(out, {"pc", {}, 4096}, ram.blocks(), {});
+  ASSERT_TRUE(writer) << writer.error().message;
+  ASSERT_TRUE(writer->put_pages(ram, {}));
+  const uint64_t first_end = out.tell();
+
+  std::memset(ram.memory(1).data() + 2 * page, 0x44, page);
+  const uint64_t words = 0b110;
+  const uint64_t *const bitmaps[] = {nullptr, &words};
+  const DirtyPages dirty(bitmaps);
+  uint64_t told = 0;
+  ASSERT_TRUE(writer->put_pages(
+      ram,
+      [&](uint64_t bytes) {
+        told = bytes;
+        return Result<void>();
+      },
+      &dirty));
+  EXPECT_EQ(told, 2 * page);
+  const uint64_t second_end = out.tell();
+  ASSERT_TRUE(writer->finish({}));
+
+  Bytes round;
+  round.u8(0x02).u32(0x7fffffff);                 // PART
+  round.u64(4096 | 0x002).u8(1).text("b").u8(0);  // ZERO at 4096, with the name of the block
+  round.u64(8192 | 0x028).fill(4096, 0x44);       // PAGE, CONTINUE
+  round.u64(0x010).u8(0x7e).u32(0x7fffffff);      // EOS, footer
+  round.u8(0x03).u32(0x7fffffff);                 // END
+  Blob bytes(round.done().size());
+  ASSERT_TRUE(file.read_at(bytes, HostOffset(first_end)));
+  EXPECT_EQ(bytes, round.done());
+  EXPECT_EQ(second_end - first_end, round.done().size() - 5);
+}
+
 uint64_t be(std::span<const std::byte> bytes, size_t at, size_t count) {
   uint64_t value = 0;
   for (size_t i = 0; i < count; ++i) {

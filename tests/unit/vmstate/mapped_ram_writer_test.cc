@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <mutex>
 
 #include "qcow2/io/file_placement.h"
 #include "stream_fixture.h"
@@ -40,6 +41,11 @@ class Target {
     std::ifstream(path_, std::ios::binary)
         .read(reinterpret_cast<char *>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
     return bytes;
+  }
+  static constexpr std::byte filler{0xaa};
+  /// What is not written shows.
+  void fill(size_t bytes) const {
+    std::ofstream(path_, std::ios::binary) << std::string(bytes, static_cast<char>(filler));
   }
   uint64_t blocks() const {
     struct stat status = {};
@@ -246,6 +252,47 @@ TEST(MappedRamWriter, ALaterRoundSupersedesAndClears) {
                                 "\x05"
                                 "a.ram");
   EXPECT_EQ(bytes[header + 6 + 8 + 28], std::byte{0b11101});
+}
+
+/// Zero pages between others: written with them only when they cannot change meanwhile.
+TEST(MappedRamWriter, NothingIsBridgedWhileRamChanges) {
+  for (const bool ram_changes : {false, true}) {
+    FakeRam ram(true);
+    ram.add_block("a.ram", pattern(9, {Touch::data, Touch::zero, Touch::data}), 1);
+    const Target target;
+    target.fill(2 * mib);
+    MappedWriteOptions options;
+    options.ram_changes = ram_changes;
+    const Saved saved = save(target, std::span(&ram, 1), options);
+    ASSERT_TRUE(saved.stats);
+    EXPECT_EQ(slice(saved.bytes, 1 * mib + page, page),
+              Blob(page, ram_changes ? Target::filler : std::byte{0}));
+  }
+}
+
+TEST(MappedRamWriter, WhatLandedIsToldOnce) {
+  for (const bool has_view : {true, false}) {
+    std::vector<FakeRam> sources;
+    for (int i = 0; i < 2; ++i) {
+      FakeRam ram(has_view);
+      ram.add_block("big", pattern(2500, {Touch::data, Touch::zero, Touch::untouched}), 7);
+      ram.add_block("zero", pattern(300, {Touch::zero}), 8);
+      sources.push_back(std::move(ram));
+    }
+    const Target target;
+    std::mutex mutex;
+    std::vector<std::vector<int>> landed = {std::vector<int>(2500), std::vector<int>(300)};
+    MappedWriteOptions options;
+    options.on_landed = [&](size_t block, uint64_t offset, uint64_t bytes) {
+      const std::lock_guard lock(mutex);
+      for (uint64_t at = offset; at < offset + bytes; at += page) {
+        landed[block].at(at / page) += 1;
+      }
+    };
+    ASSERT_TRUE(save(target, sources, options).stats);
+    EXPECT_EQ(landed[0], std::vector<int>(2500, 1));
+    EXPECT_EQ(landed[1], std::vector<int>(300, 1));
+  }
 }
 
 TEST(MappedRamWriter, AnErrorOfOneChannelStopsAll) {
