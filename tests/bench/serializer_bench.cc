@@ -5,8 +5,8 @@
 //
 // Six cases: RAM of this process seen in place, as the plugin sees it, and RAM of a forked child
 // read by process_vm_readv, as attach mode reads it; each with random RAM, with a quarter of its
-// pages zero, and with nine of ten. Every number is the median of the rounds, in GiB of guest RAM a second of processor
-// time, user and system, so that other programs on the machine hardly matter.
+// pages zero, and with nine of ten. Every number is the median of the rounds, in GiB of guest RAM a
+// second of processor time, user and system, so that other programs on the machine hardly matter.
 
 #include <fcntl.h>
 #include <sys/mman.h>

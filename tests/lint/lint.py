@@ -29,6 +29,7 @@ LAYERS = {
     "plugin": ["plugin", "plugin/abi", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
     "plugin/qemu": ["plugin", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
     "plugin/abi": ["plugin", "plugin/abi", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
+    "plugin/example": ["plugin"],
     "tools": ["tools", "plugin", "plugin/qemu", "vmstate", "qcow2", "qcow2/io"],
 }
 LIBQCOW_ALLOWED = ("tests/", "tools/")
@@ -114,7 +115,7 @@ def compile_alone(root, name, language):
     done = subprocess.run([compiler, standard, "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
                            "-D_FILE_OFFSET_BITS=64", "-DQVMSTATE_VERSION=\"\"", *folders,
                            "-x", language, "-"], input=text, capture_output=True, text=True,
-                          check=False)
+                          check=False, cwd=root)  # where what has no folder is looked for first
     if done.returncode == 0:
         return None
     errors = [line for line in done.stderr.splitlines() if "error" in line]

@@ -172,7 +172,7 @@ TEST_P(Ending, ALoadIsCancelled) {
       options.progress = [](void *, const qvmstate_progress *) { return 1; };
     }
     ASSERT_OK(api().load_begin(session.get(), &options, &load, &error));
-    const qvmstate_ram_block block = block_of(ram.blocks[0].first, ram.blocks[0].second);
+    const qvmstate_ram_block block = block_of(ram.blocks[0].first.c_str(), ram.blocks[0].second);
     ASSERT_OK(api().load_add_ram(load, &block, &error));
     if (!by_progress) {
       api().load_cancel(load);

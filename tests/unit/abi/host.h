@@ -2,7 +2,6 @@
 // scratch image; a save and a load in one call each.
 #pragma once
 
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -30,17 +29,8 @@ using qcow2::test::ScratchFolder;
 
 constexpr size_t page = 4096;
 
-inline const qvmstate_api &api() {
-  static const qvmstate_api *const table = [] {
-    void *library = ::dlopen(QVMSTATE_PLUGIN, RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) {
-      throw std::runtime_error(::dlerror());
-    }
-    const auto get_api = reinterpret_cast<qvmstate_get_api_fn>(::dlsym(library, QVMSTATE_ENTRY));
-    return get_api(QVMSTATE_API_VERSION, nullptr);
-  }();
-  return *table;
-}
+/// Of the plugin, loaded as a host loads it.
+const qvmstate_api &api();
 
 /// EXPECT_OK(api().f(..., &error));
 #define EXPECT_OK(call) EXPECT_EQ((call), QVMSTATE_OK) << error.message
@@ -107,8 +97,9 @@ struct Ram {
   }
 };
 
-inline qvmstate_ram_block block_of(const std::string &name, const Memory &memory) {
-  return {sizeof(qvmstate_ram_block), 0, name.c_str(), memory.data(), memory.size(), 0};
+/// `name` must live as long.
+inline qvmstate_ram_block block_of(const char *name, const Memory &memory) {
+  return {sizeof(qvmstate_ram_block), 0, name, memory.data(), memory.size(), 0};
 }
 
 inline qvmstate_section section_of(const char *name, uint32_t instance, uint32_t version,
@@ -197,7 +188,7 @@ struct Section {
 inline void add_ram(qvmstate_save *save, const Ram &ram) {
   qvmstate_error error = {};
   for (const auto &[name, memory] : ram.blocks) {
-    const qvmstate_ram_block block = block_of(name, memory);
+    const qvmstate_ram_block block = block_of(name.c_str(), memory);
     ASSERT_OK(api().save_add_ram(save, &block, &error));
   }
 }

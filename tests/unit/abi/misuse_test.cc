@@ -1,5 +1,7 @@
 // Mistakes of a host: each is told by a code and a message, and changes nothing.
 
+#include <dlfcn.h>
+
 #include <limits>
 
 #include "host.h"
@@ -200,8 +202,7 @@ TEST_F(InSave, RamBlocks) {
   const std::string long_name(256, 'n');
   add_block();
   const auto refused = [&](auto change, const char *text) {
-    const std::string name = "ram1";
-    qvmstate_ram_block block = block_of(name, memory);
+    qvmstate_ram_block block = block_of("ram1", memory);
     change(block);
     EXPECT_REFUSED(api().save_add_ram(save, &block, &error), QVMSTATE_BAD_ARGUMENT, text);
   };
@@ -279,8 +280,7 @@ TEST_F(InSave, OrderOfCalls) {
   ASSERT_OK(api().save_ram(save, nullptr, 0, &error));
   EXPECT_REFUSED(api().save_ram(save, nullptr, 0, &error), QVMSTATE_BAD_STATE, "LIVE");
   EXPECT_REFUSED(api().save_ram(save, bitmaps, 1, &error), QVMSTATE_BAD_STATE, "LIVE");
-  const std::string late = "late";
-  const qvmstate_ram_block block = block_of(late, memory);
+  const qvmstate_ram_block block = block_of("late", memory);
   EXPECT_REFUSED(api().save_add_ram(save, &block, &error), QVMSTATE_BAD_STATE, "already");
 
   // One at a time in a session.
@@ -380,7 +380,7 @@ class InLoad : public InSession {
   }
   ~InLoad() override { api().load_close(load); }
   int add(const std::string &name, const Memory &memory, uint64_t bytes) {
-    qvmstate_ram_block block = block_of(name, memory);
+    qvmstate_ram_block block = block_of(name.c_str(), memory);
     block.bytes = bytes;
     return api().load_add_ram(load, &block, &error);
   }
