@@ -248,5 +248,31 @@ TEST_P(Layouts, FreedRamIsStillInTheSnapshot) {
   EXPECT_TRUE(loaded["ram0"] == before);
 }
 
+/// Memory that the host says is of huge pages is freed in those, however it was written.
+TEST_P(Layouts, HugePagesAreFreedWhole) {
+  constexpr size_t huge = 2 * 1024 * 1024;
+  const ScratchImage image;
+  const Memory memory(5 * huge);
+  memory.fill(4);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  const OpenSession session(image.path(), true);
+  qvmstate_save_options options = save_options("state", GetParam());
+  options.flags = QVMSTATE_SAVE_MAY_FREE;
+  qvmstate_error error = {};
+  qvmstate_save *save = nullptr;
+  ASSERT_OK(api().save_begin(session.get(), &options, &save, &error));
+  qvmstate_ram_block block = block_of("ram0", memory);
+  block.address = reinterpret_cast<void *>((address + huge - 1) / huge * huge);
+  block.bytes = 3 * huge + 5 * page;  // the last one is freed never
+  block.page_bytes = huge;
+  ASSERT_OK(api().save_add_ram(save, &block, &error));
+  ASSERT_OK(api().save_ram(save, nullptr, 0, &error));
+  qvmstate_save_report report = {};
+  report.size = sizeof report;
+  ASSERT_OK(api().save_end(save, &report, &error));
+  EXPECT_EQ(report.freed_bytes, 3 * huge);
+  api().save_close(save);
+}
+
 }  // namespace
 }  // namespace qvmstate::abi::test
