@@ -159,7 +159,7 @@ TEST_F(InSession, SaveOptions) {
   refused([](auto &options) { options.size = 8; }, "sizeof(struct qvmstate_save_options)");
   refused([](auto &options) { options.name = nullptr; }, "NULL");
   refused([](auto &options) { options.name = ""; }, "name");
-  refused([](auto &options) { options.name = "17"; }, "digits");
+  refused([](auto &options) { options.name = "17"; }, "number");
   refused([&](auto &options) { options.name = long_name.c_str(); }, "255");
   refused([](auto &options) { options.machine = nullptr; }, "machine");
   refused([](auto &options) { options.machine = ""; }, "machine");

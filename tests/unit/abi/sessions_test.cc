@@ -55,6 +55,19 @@ TEST(Sessions, TheSameImageTwice) {
   const OpenSession again(image.path(), true);
 }
 
+/// What somebody else's lock on that byte is; F_UNLCK: there is none.
+int lock_seen_by_others(const std::string &path) {
+  const int descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+  struct flock range = {};
+  range.l_type = F_WRLCK;
+  range.l_whence = SEEK_SET;
+  range.l_start = lock_byte_write;
+  range.l_len = 1;
+  EXPECT_EQ(::fcntl(descriptor, F_OFD_GETLK, &range), 0);
+  ::close(descriptor);
+  return range.l_type;
+}
+
 TEST(Sessions, LocksOfOthers) {
   const ScratchImage image;
   const int other = ::open(image.path().c_str(), O_RDWR | O_CLOEXEC);
@@ -75,17 +88,9 @@ TEST(Sessions, LocksOfOthers) {
   ::close(other);
   {
     const OpenSession ours(image.path(), true);
-    const int third = ::open(image.path().c_str(), O_RDWR | O_CLOEXEC);
-    range.l_type = F_WRLCK;
-    ASSERT_EQ(::fcntl(third, F_OFD_GETLK, &range), 0);
-    EXPECT_EQ(range.l_type, F_RDLCK);  // ours
-    ::close(third);
+    EXPECT_EQ(lock_seen_by_others(image.path()), F_RDLCK);
   }
-  range.l_type = F_WRLCK;
-  const int last = ::open(image.path().c_str(), O_RDWR | O_CLOEXEC);
-  ASSERT_EQ(::fcntl(last, F_OFD_GETLK, &range), 0);
-  EXPECT_EQ(range.l_type, F_UNLCK);
-  ::close(last);
+  EXPECT_EQ(lock_seen_by_others(image.path()), F_UNLCK);
 }
 
 class Descriptors : public testing::Test {
