@@ -131,7 +131,7 @@ class Host {
 
   void flip_alarm() {
     std::vector<uint8_t> registers = machine().device().registers();
-    registers[0] ^= 64;  // of the count at which it rings
+    registers[1] ^= 64;  // of the count at which it rings
     machine().device().set_registers(registers);
   }
 

@@ -1,5 +1,6 @@
 #include "abi/machine.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
@@ -18,6 +19,7 @@ constexpr uint64_t table_address = 0x8000;
 constexpr uint64_t work_address = 0x10000;  // below it: program, table and stack
 constexpr uint64_t alarm_ticks = 50000;
 constexpr uint64_t mib = 1 << 20;
+constexpr uint64_t work_bytes_max = 16 * mib;  // of each block; most zeros behind it stay
 
 using RegisterValue = uint8_t[register_bytes];
 
@@ -79,8 +81,7 @@ void Machine::boot(const std::string &program_path, uint64_t rounds) {
                                  ram_.size()};
   for (const RamBlock &block : ram_) {
     const uint64_t start = block.address() == 0 ? work_address : 0;
-    // Most of the zeros of the large block stay.
-    const uint64_t end = block.bytes() > 64 * mib ? 48 * mib : block.bytes();
+    const uint64_t end = std::min(block.bytes(), work_bytes_max);
     table.insert(table.end(), {block.address() + start, (end - start) / sizeof(uint64_t)});
   }
   std::memcpy(low + table_address, table.data(), table.size() * sizeof table[0]);

@@ -42,7 +42,7 @@ void RamBlock::fill(uint64_t seed) {
     random ^= random >> 7;
     random ^= random << 17;
     const uint64_t kind = i / words_per_mib % 4;
-    const uint64_t word = kind < 2 ? random : (kind == 2 ? 0x2074786574206120 + i % 8 : 0);
+    const uint64_t word = kind == 0 ? random : (kind == 1 ? 0x2074786574206120 + i % 8 : 0);
     if (word != 0) {
       std::memcpy(data() + i * sizeof word, &word, sizeof word);
     }

@@ -21,7 +21,8 @@ class RamBlock {
   uint64_t bytes() const { return bytes_; }
   uint8_t *data() const { return data_.get(); }
 
-  /// As a machine finds it: MiBs of random bytes, of words that repeat, and of zeros by turns.
+  /// As a machine finds it: by turns a MiB of random bytes, one of words that
+  /// repeat, two of zeros.
   void fill(uint64_t seed);
   uint64_t hash() const;
   void write_to(const std::string &path) const;

@@ -142,7 +142,8 @@ class Saving {
 
   static int on_progress(void *user, const qvmstate_progress *progress) {
     const auto &self = *static_cast<const Saving *>(user);
-    die_if(self.options_.death == Death::in_ram && progress->ram_bytes_done > 0);
+    die_if(self.options_.death == Death::in_ram &&
+           progress->ram_bytes_done >= progress->ram_bytes_total / 2);
     return 0;
   }
 
