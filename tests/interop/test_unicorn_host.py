@@ -38,8 +38,8 @@ class UnicornHost(bed.BedTest):
         return done.stdout
 
     def host(self, arch, *words, status=0):
-        program = self.need(f"guest_{arch}.bin", f"AS_{arch}", f"binutils-{arch}-linux-gnu")
         host = self.need("unicorn_host", "UNICORN_LIBRARY", "libunicorn-dev")
+        program = self.need(f"guest_{arch}.bin", f"AS_{arch}", f"binutils-{arch}-linux-gnu")
         words = list(words)
         if "boot" in words:
             at = words.index("boot") + 1
@@ -111,13 +111,13 @@ class UnicornHost(bed.BedTest):
             self.check_call("cmp", found, os.path.join(ram, block))
             os.unlink(found)
 
-    @bed.cases(("x86_64", "mapped-ram"), ("aarch64", "legacy"))
+    @bed.cases(("x86_64", "mapped-ram"), ("aarch64", "legacy"), quick=[("x86_64", "mapped-ram")])
     def test_goes_back(self, arch, layout):
         """Into a machine that ran on: what it wrote where the snapshot has zeros must go."""
         self.save(arch, layout)
         self.assert_runs_on(arch, "boot", "run", 2 * SAVE_AT)
 
-    @bed.cases("x86_64", "aarch64")
+    @bed.cases("x86_64", "aarch64", quick=["aarch64"])
     def test_what_is_wrong_is_seen(self, arch):
         """That these tests can fail: a byte, a register, a round that is missing."""
         self.save(arch)
@@ -128,7 +128,7 @@ class UnicornHost(bed.BedTest):
         ran = self.host(arch, "load", self.image, "two", "finish", "state").stdout
         self.assertFalse(ran == self.final(arch))
 
-    @bed.cases("legacy", "mapped-ram")
+    @bed.cases("legacy", "mapped-ram", quick=["legacy"])
     def test_refused_loads_leave_ram(self, layout):
         self.save("x86_64", layout)
         for arch, first, name, code, words in (
@@ -156,7 +156,7 @@ class UnicornHost(bed.BedTest):
         rest = ran.stdout.splitlines()[-2].split()[1]
         self.assertTrue(console.endswith(rest) and 10 < len(rest) < len(console), (console, rest))
 
-    @bed.cases("legacy", "mapped-ram")
+    @bed.cases("legacy", "mapped-ram", quick=["mapped-ram"])
     def test_replace(self, layout):
         self.save("x86_64", layout)
         first = self.snapshots()
@@ -171,7 +171,9 @@ class UnicornHost(bed.BedTest):
 
     @bed.cases(("x86_64", "legacy", "die-in-ram"), ("aarch64", "mapped-ram", "die-in-ram"),
                ("aarch64", "legacy", "die-between-rounds"),
-               ("x86_64", "mapped-ram", "die-in-sections"))
+               ("x86_64", "mapped-ram", "die-in-sections"),
+               quick=[("aarch64", "mapped-ram", "die-in-ram"), ("x86_64", "legacy", "die-in-ram"),
+                      ("aarch64", "legacy", "die-between-rounds")])
     def test_killed(self, arch, layout, death):
         """SIGKILL in a save, of a new snapshot and of one that replaces another."""
         self.save(arch, layout)
@@ -189,7 +191,7 @@ class UnicornHost(bed.BedTest):
         self.assert_image_is_sound("one")
         self.assert_runs_on(arch)
 
-    @bed.cases(("x86_64", "mapped-ram"), ("aarch64", "legacy"))
+    @bed.cases(("x86_64", "mapped-ram"), ("aarch64", "legacy"), quick=[("aarch64", "legacy")])
     def test_ram_is_freed(self, arch, layout):
         """MAY_FREE, and an image that the host opened itself."""
         said = self.save(arch, layout, "may-free", "by-fds")
