@@ -105,6 +105,10 @@ class UnicornHost(bed.BedTest):
         self.assertEqual(stream["layout"], layout)
         self.assertEqual(stream["machine-type"], f"unicorn-{arch}")
         self.assertEqual(stream["page-size"], PAGE_BYTES[arch])
+        self.assertEqual([(one["name"], one["size"]) for one in stream["ram-blocks"]],
+                         [(name, os.path.getsize(os.path.join(ram, name))) for name in BLOCKS])
+        self.assertEqual([(one["name"], one["version"]) for one in stream["devices"]],
+                         [("cpu", 1), ("timer", 3), ("console", 1)])
         found = os.path.join(self.folder, "found")
         for block in BLOCKS:
             self.tool("extract", self.image, "one", "--as", "block", block, "-o", found)
