@@ -1,16 +1,15 @@
 #include "qcow2/cluster_reader.h"
 
-#include <zlib.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
 
+#include "qcow2/compression.h"
+
 namespace qvmstate::qcow2 {
 namespace {
 
-constexpr uint32_t subclusters = 32;      // in a cluster with extended L2 entries
-constexpr int deflate_window_bits = -12;  // raw deflate, 4 KiB window
+constexpr uint32_t subclusters = 32;  // in a cluster with extended L2 entries
 constexpr uint64_t host_bytes_max = uint64_t{1} << 56;
 
 tl::unexpected<Error> bad_entry(const Image &image, uint64_t entry, const char *why) {
@@ -150,29 +149,13 @@ Result<void> ClusterReader::inflate_cluster(uint64_t entry) {
   if (inflated_entry_ == entry) {
     return {};
   }
-  if (image_->header().compression_type != 0) {
-    return fail(ErrorCode::not_supported,
-                image_->name() +
-                    ": has clusters compressed with zstd, which cannot be read yet: convert it "
-                    "with `qemu-img convert -O qcow2 -o compression_type=zlib`");
-  }
   const CompressedRange range = compressed_range(entry, image_->geometry());
   std::vector<std::byte> stored(range.bytes);
   QV_TRY(image_->file().read_or_zero_at(stored, range.offset));
   inflated_entry_ = 0;
   inflated_.resize(image_->geometry().cluster_bytes());
 
-  z_stream stream = {};
-  stream.next_in = reinterpret_cast<Bytef *>(stored.data());
-  stream.avail_in = static_cast<uInt>(stored.size());
-  stream.next_out = reinterpret_cast<Bytef *>(inflated_.data());
-  stream.avail_out = static_cast<uInt>(inflated_.size());
-  if (inflateInit2(&stream, deflate_window_bits) != Z_OK) {
-    return fail_errno(ENOMEM, image_->name() + ": cannot inflate a compressed cluster");
-  }
-  const int status = inflate(&stream, Z_FINISH);
-  inflateEnd(&stream);
-  if (status != Z_STREAM_END || stream.avail_out != 0) {
+  if (!expand_cluster(image_->header().compression_type, stored, inflated_)) {
     return bad_entry(*image_, entry, "is of a compressed cluster that does not inflate to one");
   }
   inflated_entry_ = entry;

@@ -22,7 +22,7 @@ class ClusterReader {
   /// The table may have any size limits.h allows; it is read entry by entry.
   ClusterReader(const Image &image, HostOffset l1_offset, uint32_t l1_entries);
 
-  /// Reads guest bytes. Zero and unallocated clusters read as zeros, compressed ones (zlib type)
+  /// Reads guest bytes. Zero and unallocated clusters read as zeros, compressed ones
   /// are inflated; past the table's end is an error, and so are encrypted images and those with an
   /// external data file.
   Result<void> read(GuestOffset offset, std::span<std::byte> to);

@@ -30,6 +30,7 @@ ImageEdit::ImageEdit(Image &image, Allocator allocator)
       allocator_(std::move(allocator)),
       refcounts_(image_, allocator_),
       area_(image_, allocator_),
+      compressed_area_(image_, allocator_),
       snapshots_(image.snapshots()),
       active_l1_(image.header().l1_offset) {
   for (size_t i = 0; i < snapshots_.size(); ++i) {
@@ -290,31 +291,94 @@ Result<void> ImageEdit::add_snapshot(const NewSnapshot &snapshot) {
   added.icount = snapshot.icount;
   added.more_extra = snapshot.more_extra;
   added_ = std::move(added);
-  return share_active_disk();
+  added_position_ = snapshots_.size();
+  QV_TRY(share_active_disk());
+  disk_l1_ = active_l1_;
+  disk_l1_entries_ = image_.header().l1_entries;
+  return {};
+}
+
+Result<void> ImageEdit::replace_vmstate(size_t index) {
+  assert(!added_);
+  const Geometry &geometry = image_.geometry();
+  const Snapshot &snapshot = image_.snapshots()[index];
+  std::vector<uint64_t> piece;
+  for (uint64_t at = geometry.vmstate_l1_index(snapshot.disk_bytes); at < snapshot.l1_entries;
+       at += piece.size()) {
+    piece.resize(std::min<uint64_t>(l1_piece_entries, snapshot.l1_entries - at));
+    QV_TRY(image_.read_l1(snapshot.l1_offset, at, piece));
+    for (const uint64_t entry : piece) {
+      if ((entry & host_offset_mask) != 0) {
+        QV_TRY(drop_table(entry));
+      }
+    }
+  }
+  if (snapshot.l1_entries != 0) {
+    QV_TRY(refcounts_.dereference(geometry.cluster_of(snapshot.l1_offset),
+                                  geometry.l1_clusters(snapshot.l1_entries)));
+  }
+  const auto found = std::find(original_index_.begin(), original_index_.end(), index);
+  assert(found != original_index_.end());
+  added_position_ = static_cast<size_t>(found - original_index_.begin());
+  snapshots_.erase(snapshots_.begin() + static_cast<ptrdiff_t>(added_position_));
+  original_index_.erase(found);
+  added_ = snapshot;
+  disk_l1_ = snapshot.l1_offset;
+  disk_l1_entries_ = snapshot.l1_entries;
+  removed_any_ = true;
+  return {};
+}
+
+void ImageEdit::set_added_extra(std::vector<std::byte> more_extra) {
+  added_->more_extra = std::move(more_extra);
+}
+
+uint64_t ImageEdit::vmstate_clusters() const {
+  return std::max<uint64_t>(area_.clusters(), compressed_area_.entries().size());
+}
+
+Result<void> ImageEdit::claim_vmstate() {
+  for (const AreaRun &run : area_.runs()) {
+    QV_TRY(refcounts_.claim({run.host_first, run.count}, 1));
+  }
+  for (const CompressedArea::Use &use : compressed_area_.uses()) {
+    QV_TRY(refcounts_.claim({use.cluster, 1}, use.references));
+  }
+  return {};
 }
 
 Result<void> ImageEdit::write_vmstate_tables() {
   const Geometry &geometry = image_.geometry();
   std::vector<std::byte> l2(geometry.cluster_bytes());
-  for (const AreaRun &run : area_.runs()) {
-    QV_TRY(refcounts_.claim({run.host_first, run.count}, 1));
-  }
+  QV_TRY(claim_vmstate());
+  const std::vector<uint64_t> &compressed = compressed_area_.entries();
   auto run = area_.runs().begin();
-  for (uint64_t done = 0; done < area_.clusters(); done += geometry.l2_entries()) {
+  // The L2 entry of a cluster, in ascending order.
+  const auto entry_of = [&](uint64_t cluster) {
+    if (!compressed.empty()) {
+      return compressed[cluster];
+    }
+    if (run != area_.runs().end() && run->stream_end() == cluster) {
+      ++run;
+    }
+    if (run == area_.runs().end() || cluster < run->stream_first) {
+      return entry_zero;
+    }
+    return geometry.host_offset(run->host_first + (cluster - run->stream_first)).value;
+  };
+  const uint64_t clusters = vmstate_clusters();
+  for (uint64_t done = 0; done < clusters; done += geometry.l2_entries()) {
     std::fill(l2.begin(), l2.end(), std::byte{0});
-    for (uint64_t k = 0; k < std::min(geometry.l2_entries(), area_.clusters() - done); ++k) {
-      const uint64_t cluster = done + k;
-      if (run != area_.runs().end() && run->stream_end() == cluster) {
-        ++run;
-      }
-      std::byte *entry = l2.data() + k * geometry.l2_entry_bytes();
-      if (run == area_.runs().end() || cluster < run->stream_first) {
-        put_zero_entry(entry, geometry);
+    for (uint64_t k = 0; k < std::min(geometry.l2_entries(), clusters - done); ++k) {
+      std::byte *stored = l2.data() + k * geometry.l2_entry_bytes();
+      const uint64_t entry = entry_of(done + k);
+      if (entry == entry_zero) {
+        put_zero_entry(stored, geometry);
         continue;
       }
-      store_be(entry, geometry.host_offset(run->host_first + (cluster - run->stream_first)).value);
-      if (geometry.extended_l2) {
-        store_be<uint64_t>(entry + 8, 0xffffffff);  // all 32 subclusters allocated
+      store_be(stored, entry);
+      if (geometry.extended_l2 && (entry & entry_compressed) == 0) {
+        store_be<uint64_t>(stored + 8, 0xffffffff);  // all 32 subclusters allocated
       }
     }
     QV_ASSIGN(const ClusterRun table, allocator_.take(1));
@@ -331,12 +395,16 @@ Result<void> ImageEdit::write_vmstate_tables() {
 
 Result<void> ImageEdit::write_added_l1() {
   const Geometry &geometry = image_.geometry();
-  const uint64_t disk_entries = geometry.vmstate_l1_index(image_.header().disk_bytes);
+  const uint64_t disk_entries = geometry.vmstate_l1_index(added_->disk_bytes);
   uint64_t entries = disk_entries;
   for (const ClusterRun &run : vmstate_tables_) {
     entries += run.count;
   }
-  assert(entries <= l1_bytes_max / 8);  // VmstateArea::place refuses what would pass it
+  if (entries > l1_bytes_max / 8) {
+    return fail(ErrorCode::no_space, image_.name() +
+                                         ": the vmstate does not fit into the largest L1 table; "
+                                         "use an image with larger clusters");
+  }
   added_->l1_entries = static_cast<uint32_t>(entries);
   QV_ASSIGN(const ClusterRun run,
             allocator_.take(std::max<uint64_t>(1, geometry.l1_clusters(entries))));
@@ -346,7 +414,10 @@ Result<void> ImageEdit::write_added_l1() {
   std::vector<uint64_t> piece;
   for (uint64_t at = 0; at < disk_entries; at += piece.size()) {
     piece.resize(std::min<uint64_t>(l1_piece_entries, disk_entries - at));
-    QV_TRY(image_.read_l1(active_l1_, at, piece));
+    // A table may end before the disk does, where nothing follows.
+    const uint64_t there = at < disk_l1_entries_ ? disk_l1_entries_ - at : 0;
+    std::fill(piece.begin(), piece.end(), 0);
+    QV_TRY(image_.read_l1(disk_l1_, at, std::span(piece).first(std::min(there, piece.size()))));
     QV_TRY(write_l1(added_->l1_offset, at, piece));
   }
   uint64_t at = disk_entries;
@@ -384,7 +455,7 @@ Result<void> ImageEdit::write_snapshot_table() {
 
 Result<void> ImageEdit::commit(uint64_t vmstate_bytes) {
   assert(!finished_);
-  assert((vmstate_bytes == 0) == (area_.clusters() == 0));
+  assert((vmstate_bytes == 0) == (vmstate_clusters() == 0));
   io::File &file = image_.file();
 
   // 1. All that the new header will point at, in clusters that the old image calls free.
@@ -392,8 +463,9 @@ Result<void> ImageEdit::commit(uint64_t vmstate_bytes) {
     added_->vmstate_bytes = vmstate_bytes;
     QV_TRY(write_vmstate_tables());
     QV_TRY(write_added_l1());
-    snapshots_.push_back(*added_);
-  } else if (removed_any_) {
+    snapshots_.insert(snapshots_.begin() + static_cast<ptrdiff_t>(added_position_), *added_);
+  }
+  if (removed_any_ && active_l1_ == image_.header().l1_offset) {
     QV_TRY(refresh_copied_flags());
   }
   QV_TRY(write_snapshot_table());

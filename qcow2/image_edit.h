@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "qcow2/allocator.h"
+#include "qcow2/compressed_area.h"
 #include "qcow2/image.h"
 #include "qcow2/io/result.h"
 #include "qcow2/refcount_editor.h"
@@ -50,9 +51,16 @@ class ImageEdit {
   void set_more_extra(size_t index, std::vector<std::byte> more_extra);
   /// At most one. Names are checked by the caller (check_snapshot_name).
   Result<void> add_snapshot(const NewSnapshot &snapshot);
+  /// In place of what add_snapshot() was given.
+  void set_added_extra(std::vector<std::byte> more_extra);
+  /// The snapshot keeps its disk, id, name, date, clock and extra data; its VM state becomes what
+  /// is written to vmstate() or compressed_vmstate(). At most one, in place of add_snapshot.
+  Result<void> replace_vmstate(size_t index);
   const std::string &added_id() const { return added_->id; }
   /// For the stream of the added snapshot. Not used: a snapshot of the disk alone.
   VmstateArea &vmstate() { return area_; }
+  /// The same in compressed clusters; one of both is used.
+  CompressedArea &compressed_vmstate() { return compressed_area_; }
   /// Bounds how far ahead of the stream the file is extended.
   void expect_stream_bytes(uint64_t bytes) { allocator_.expect_stream_bytes(bytes); }
 
@@ -76,6 +84,8 @@ class ImageEdit {
   Result<void> refresh_copied_flags();
   Result<ClusterRun> begin_active_l1();
   Result<void> write_l1(HostOffset l1, uint64_t first, std::span<const uint64_t> entries);
+  uint64_t vmstate_clusters() const;
+  Result<void> claim_vmstate();
   Result<void> write_vmstate_tables();
   Result<void> write_added_l1();
   Result<void> write_snapshot_table();
@@ -84,9 +94,13 @@ class ImageEdit {
   Allocator allocator_;
   RefcountEditor refcounts_;
   VmstateArea area_;
+  CompressedArea compressed_area_;
   std::vector<Snapshot> snapshots_;     // the new table's content
   std::vector<size_t> original_index_;  // of snapshots_[i] in image_.snapshots()
   std::optional<Snapshot> added_;
+  size_t added_position_ = 0;  // in the new table
+  HostOffset disk_l1_;         // whose disk entries the added one repeats
+  uint32_t disk_l1_entries_ = 0;
   std::vector<ClusterRun> vmstate_tables_;  // L2 tables of the stream, in order
   HostOffset active_l1_;                    // as it will be
   HostOffset table_offset_;                 // of the new snapshot table

@@ -194,6 +194,10 @@ void SetSave::expect_stream_bytes(uint64_t bytes) {
   edits_[primary_]->expect_stream_bytes(bytes);
 }
 
+void SetSave::set_more_extra(std::vector<std::byte> more_extra) {
+  edits_[primary_]->set_added_extra(std::move(more_extra));
+}
+
 const std::string &SetSave::id(size_t image) const {
   return ids_[image];
 }

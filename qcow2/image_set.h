@@ -44,6 +44,9 @@ class SetSave {
   /// Where the stream goes; expect_stream_bytes first.
   VmstateArea &vmstate();
   void expect_stream_bytes(uint64_t bytes);
+  /// Of the snapshot with the vmstate, in place of NewSnapshot::more_extra: what is known only when
+  /// the stream is written.
+  void set_more_extra(std::vector<std::byte> more_extra);
   /// Steps (1) to (3). When it fails before (2), everything is undone. When it fails in (3), the
   /// snapshot is saved, and the error says that `recover` has to finish it.
   Result<void> commit(uint64_t vmstate_bytes);

@@ -81,6 +81,7 @@ Result<std::vector<Snapshot>> parse_snapshot_table(std::span<const std::byte> ta
     position += extra_bytes;
 
     Snapshot snapshot;
+    snapshot.entry_extra_bytes = raw.extra_bytes;
     snapshot.l1_offset = HostOffset(raw.l1_offset);
     snapshot.l1_entries = raw.l1_entries;
     snapshot.date_seconds = raw.date_seconds;

@@ -44,6 +44,7 @@ struct Snapshot {
   uint64_t disk_bytes = 0;     ///< the image's, where the extra data does not say
   uint64_t icount = icount_none;
   std::vector<std::byte> more_extra;  ///< extra data past the 24 known bytes, kept as it is
+  uint32_t entry_extra_bytes = 0;     ///< all extra data, as the entry had it when it was read
 };
 
 /// Parses `count` entries; `image_name` is for messages. Refuses what limits.h forbids, tables that

@@ -36,11 +36,6 @@ Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use)
         "has extended L2 entries (subclusters), which are not supported yet: convert it with "
         "`qemu-img convert -O qcow2 -o extended_l2=off`");
   }
-  if (has(incompatible::compression)) {
-    return refuse(
-        "has the compression type zstd, which is not supported yet: convert it with `qemu-img "
-        "convert -O qcow2 -o compression_type=zlib`");
-  }
   constexpr uint32_t crypt_aes = 1, crypt_luks = 2;
   if (header.crypt_method == crypt_aes) {
     return refuse(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cassert>
 #include <cerrno>
 #include <mutex>
 #include <new>
@@ -59,6 +60,13 @@ Result<MappedRamWriter> MappedRamWriter::plan(const StreamConfiguration &configu
     writer.blocks_.push_back(std::move(block));
   }
   writer.tail_offset_ = at;
+  if (options.checksum) {
+    assert(options.start_bytes == 0 && !options.ram_changes);
+    writer.digests_.emplace(writer.tail_offset_);
+    for (Block &block : writer.blocks_) {
+      block.rest.resize(block.ram.used_bytes % checksum_piece_bytes);
+    }
+  }
   return writer;
 }
 
@@ -216,6 +224,9 @@ class MappedRamWriter::Channel {
       pieces_.clear();
       QV_ASSIGN(io::Buffer *const buffer, find_pieces(*chunk));
       QV_ASSIGN(const uint64_t queued_bytes, write_pieces(*chunk, buffer));
+      if (round_.writer().digests_) {
+        hash(*chunk);  // while it is written
+      }
       QV_TRY(round_.report(chunk->bytes, queued_bytes));
     }
     while (file_.pending() > 0) {
@@ -326,6 +337,37 @@ class MappedRamWriter::Channel {
     return std::atomic_ref(round_.writer().blocks_[block].present[page / 64]);
   }
 
+  /// What the chunk reads as: the pieces, and zeros between them.
+  void hash(const Round::Chunk &chunk) {
+    static_assert(mapped_ram_alignment_bytes % checksum_piece_bytes == 0);
+    Block &block = round_.writer().blocks_[chunk.block];
+    auto piece = pieces_.begin();
+    for (uint64_t at = chunk.offset; at < chunk.offset + chunk.bytes; at += checksum_piece_bytes) {
+      const uint64_t end = std::min(at + checksum_piece_bytes, chunk.offset + chunk.bytes);
+      uint64_t done = at;
+      for (; piece != pieces_.end() && piece->offset < end; ++piece) {
+        const uint64_t begin = std::max(piece->offset, at);
+        const uint64_t bytes = std::min(piece->offset + piece->bytes, end) - begin;
+        const std::span data(piece->from + (begin - piece->offset), bytes);
+        if (end - at < checksum_piece_bytes) {
+          std::ranges::copy(data, block.rest.begin() + static_cast<ptrdiff_t>(begin - at));
+        } else {
+          digest_.add_zeros(begin - done);
+          digest_.add(data);
+        }
+        done = begin + bytes;
+        if (done == end) {
+          break;  // it may go on in the next one
+        }
+      }
+      if (digest_.bytes() > 0) {
+        digest_.add_zeros(end - done);
+        round_.writer().digests_->set((block.pages_offset + at) / checksum_piece_bytes,
+                                      digest_.finish());
+      }
+    }
+  }
+
   Result<uint64_t> write_pieces(const Round::Chunk &chunk, io::Buffer *buffer) {
     uint64_t queued_bytes = 0;
     if (pieces_.empty()) {
@@ -409,6 +451,7 @@ class MappedRamWriter::Channel {
   const std::function<void(size_t, uint64_t, uint64_t)> &on_landed_;
   StreamStats stats_;
   std::vector<Flight> flights_;  ///< a transfer's cookie is the index of its chunk here
+  PieceDigest digest_;
   std::vector<Piece> pieces_;
   std::vector<io::StreamRange> ranges_;
   std::vector<io::HostRun> runs_;
@@ -417,6 +460,9 @@ class MappedRamWriter::Channel {
 Result<void> MappedRamWriter::write_pages(std::span<const RamChannel> channels,
                                           io::FixedPlacement &placement, const ChannelHook &hook,
                                           const DirtyPages *dirty) {
+  if (dirty != nullptr) {
+    digests_.reset();  // of a chunk only some pages would be looked at
+  }
   Round round(*this, placement, hook, dirty);
   std::vector<Channel> work;
   for (const RamChannel &channel : channels) {
@@ -470,6 +516,32 @@ std::vector<uint64_t> MappedRamWriter::bitmap_words(const Block &block) const {
   return words;
 }
 
+/// Of the stream between [begin, end), which are multiples of a piece or the end: the rest of a
+/// block's pages, the text that follows them, and zeros.
+void MappedRamWriter::hash_between(uint64_t begin, uint64_t end, std::span<const std::byte> rest,
+                                   std::span<const std::byte> text) {
+  PieceDigest piece;
+  uint64_t at = begin;
+  const auto end_piece = [&] { digests_->set((at - 1) / checksum_piece_bytes, piece.finish()); };
+  for (std::span<const std::byte> bytes : {rest, text}) {
+    while (!bytes.empty()) {
+      const auto part =
+          bytes.first(std::min<uint64_t>(bytes.size(), checksum_piece_bytes - piece.bytes()));
+      piece.add(part);
+      at += part.size();
+      bytes = bytes.subspan(part.size());
+      if (piece.bytes() == checksum_piece_bytes) {
+        end_piece();
+      }
+    }
+  }
+  if (piece.bytes() > 0) {
+    piece.add_zeros(end - at);
+    at = end;
+    end_piece();
+  }
+}
+
 Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &placement,
                                             std::span<const DeviceSection> after_ram) {
   auto write = [&](uint64_t offset, std::span<const std::byte> bytes) -> Result<void> {
@@ -483,6 +555,9 @@ Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &
     return {};
   };
   const uint64_t pages = stats_.ram_bytes / configuration_.page_bytes;
+  uint64_t hashed_bytes = 0;
+  std::span<const std::byte> rest;
+  std::vector<std::byte> between(head_.span().begin(), head_.span().end());
   for (const Block &block : blocks_) {
     StreamPart part;
     add_block_head(part, block);
@@ -494,6 +569,13 @@ Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &
       stats_.data_pages += static_cast<uint64_t>(std::popcount(block.present[i]));
     }
     QV_TRY(write(block.header_offset, bytes));
+    if (digests_) {
+      between.insert(between.end(), bytes.begin(), bytes.end());
+      hash_between(hashed_bytes, block.pages_offset, rest, between);
+      between.clear();
+      rest = block.rest;
+      hashed_bytes = block.pages_offset + block.ram.used_bytes - rest.size();
+    }
   }
   QV_TRY(write(options_.start_bytes, head_.span()));
   StreamPart tail;
@@ -502,6 +584,13 @@ Result<StreamStats> MappedRamWriter::finish(io::File &file, io::FixedPlacement &
   add_ram_body_end(tail);
   add_stream_tail(tail, configuration_, {before_ram_, {after_ram.begin(), after_ram.end()}});
   QV_TRY(write(tail_offset_, tail.span()));
+  if (digests_) {
+    const uint64_t end_bytes = tail_offset_ + tail.span().size();
+    digests_->set_end(end_bytes);
+    between.insert(between.end(), tail.span().begin(), tail.span().end());
+    hash_between(hashed_bytes, end_bytes, rest, between);
+    stats_.checksum = digests_->checksum();
+  }
   stats_.zero_pages =
       pages - stats_.data_pages - std::min(stats_.untouched_pages, pages - stats_.data_pages);
   stats_.stream_bytes = tail_offset_ + tail.span().size() - options_.start_bytes;

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -43,6 +44,10 @@ struct MappedWriteOptions {
   /// zeros: QEMU 10.2 and 11.1 leave stale pages where a bit is clear, when a VM that is already
   /// paused loads a snapshot.
   bool all_pages_present = false;
+  /// Hashes what is written, for StreamStats::checksum. For streams at the start of their file, and
+  /// placements where what is not written reads as zeros, of RAM that does not change meanwhile. A
+  /// later round makes it unknown.
+  bool checksum = false;
   /// Transfers in flight in each channel.
   unsigned depth = 8;
   /// The VM runs while write_pages() does. Then zero pages between others are never written with
@@ -88,6 +93,9 @@ class MappedRamWriter {
     uint64_t pages_offset = 0;
     uint64_t first_chunk = 0;  ///< of all blocks' chunks
     std::vector<uint64_t> present;
+    /// With a checksum: what comes after the last whole MiB of the pages. It shares a piece with
+    /// what follows the block.
+    std::vector<std::byte> rest;
   };
   class Round;
   class Channel;
@@ -95,11 +103,14 @@ class MappedRamWriter {
   MappedRamWriter() = default;
   void add_block_head(StreamPart &part, const Block &block) const;
   std::vector<uint64_t> bitmap_words(const Block &block) const;
+  void hash_between(uint64_t begin, uint64_t end, std::span<const std::byte> rest,
+                    std::span<const std::byte> text);
 
   StreamConfiguration configuration_;
   MappedWriteOptions options_;
   std::vector<Block> blocks_;
   std::vector<DeviceSection> before_ram_;
+  std::optional<PieceDigests> digests_;
   StreamPart head_;
   uint64_t tail_offset_ = 0;
   StreamStats stats_;

@@ -100,8 +100,10 @@ void add_stream_tail(StreamPart &part, const StreamConfiguration &configuration,
   std::vector<DeviceSection> ordered = devices.before_ram;
   ordered.insert(ordered.end(), devices.after_ram.begin(), devices.after_ram.end());
   const std::string description =
-      format_vmdescription(configuration.machine_type, configuration.target_page_bits,
-                           configuration.page_bytes, ordered);
+      configuration.vmdescription.empty()
+          ? format_vmdescription(configuration.machine_type, configuration.target_page_bits,
+                                 configuration.page_bytes, ordered)
+          : configuration.vmdescription;
   part.add(section_eof);
   part.add(section_vmdescription);
   part.add(static_cast<uint32_t>(description.size()));

@@ -16,6 +16,7 @@
 #include "qcow2/io/result.h"
 #include "vmstate/device_sections.h"
 #include "vmstate/ram_source.h"
+#include "vmstate/state_checksum.h"
 
 namespace qvmstate::vmstate {
 
@@ -25,15 +26,17 @@ struct StreamConfiguration {
   std::string machine_type;                  ///< resolved, for example "pc-i440fx-7.2"
   std::optional<uint32_t> target_page_bits;  ///< written where the loader demands it (arm virt)
   uint64_t page_bytes = 4096;                ///< target page size
+  std::string vmdescription = {};            ///< of these sections, kept; empty: one is made
 };
 
 struct StreamStats {
   uint64_t stream_bytes = 0;
   uint64_t ram_bytes = 0;  ///< of all blocks
   uint64_t data_pages = 0;
-  uint64_t zero_pages = 0;       ///< read and found zero
-  uint64_t untouched_pages = 0;  ///< not read at all
-  uint64_t copied_bytes = 0;     ///< RAM bytes copied by this process
+  uint64_t zero_pages = 0;                     ///< read and found zero
+  uint64_t untouched_pages = 0;                ///< not read at all
+  uint64_t copied_bytes = 0;                   ///< RAM bytes copied by this process
+  std::optional<StateChecksum> checksum = {};  ///< if it was wanted
 };
 
 /// Called now and then with the RAM bytes dealt with so far; an error (cancelled) stops the writer.

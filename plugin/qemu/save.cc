@@ -155,7 +155,8 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   StateTarget target = {.file = &file,
                         .sequential = &area,
                         .fixed = &area,
-                        .all_pages_present = !options.sparse_bitmap};
+                        .all_pages_present = !options.sparse_bitmap,
+                        .checksum = true};
   auto written_bytes = [&] {
     uint64_t bytes = file.bytes_written();
     for (const auto &channel : owned.channels()) {
@@ -178,6 +179,9 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
     if (auto finished = area.finish_fixed(stats.stream_bytes); !finished) {
       return undo(finished.error());
     }
+  }
+  if (stats.checksum) {
+    transaction->set_more_extra(vmstate::format_checksum(*stats.checksum));
   }
   if (auto synced = file.sync(); !synced) {
     return undo(synced.error());

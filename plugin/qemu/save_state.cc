@@ -81,11 +81,22 @@ Result<vmstate::StreamStats> write_legacy(const StateTarget &target,
   if (target.grows) {
     QV_TRY(target.file->resize(target.start_bytes + target.legacy_bytes_max));
   }
-  io::StreamBuffer stream(*target.file, pools.back(), *target.sequential,
-                          [&](uint64_t bytes) { return pace.flushed(bytes); });
-  return vmstate::write_legacy_stream(stream, configuration, *ram.front().source,
-                                      vmstate::qemu_load_order(devices),
-                                      [&](uint64_t bytes) { return pace.ram_done(bytes); });
+  vmstate::StreamDigest digest;
+  io::DataHook hash;
+  if (target.checksum) {
+    hash = [&](std::span<const std::byte> data) { digest.add(data); };
+  }
+  io::StreamBuffer stream(
+      *target.file, pools.back(), *target.sequential,
+      [&](uint64_t bytes) { return pace.flushed(bytes); }, std::move(hash));
+  QV_ASSIGN(vmstate::StreamStats stats,
+            vmstate::write_legacy_stream(stream, configuration, *ram.front().source,
+                                         vmstate::qemu_load_order(devices),
+                                         [&](uint64_t bytes) { return pace.ram_done(bytes); }));
+  if (target.checksum) {
+    stats.checksum = digest.finish();
+  }
+  return stats;
 }
 
 Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
@@ -97,6 +108,7 @@ Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
   vmstate::MappedWriteOptions mapped;
   mapped.start_bytes = target.start_bytes;
   mapped.all_pages_present = target.all_pages_present;
+  mapped.checksum = target.checksum;
   mapped.depth = channel_depth;
   const vmstate::LoadOrder order = vmstate::qemu_load_order(devices);
   QV_ASSIGN(auto writer, vmstate::MappedRamWriter::plan(configuration, ram.front().source->blocks(),

@@ -36,6 +36,7 @@ struct StateTarget {
   io::FixedPlacement *fixed = nullptr;    ///< for mapped-ram
   uint64_t start_bytes = 0;               ///< of the stream in a plain file
   bool all_pages_present = false;         ///< see MappedWriteOptions
+  bool checksum = false;                  ///< of the stream, for StreamStats::checksum
   /// A plain file is made as long as it will be first: writes past a file's end wait for each
   /// other.
   bool grows = false;

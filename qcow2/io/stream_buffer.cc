@@ -11,11 +11,13 @@
 
 namespace qvmstate::io {
 
-StreamBuffer::StreamBuffer(File &file, BufferPool &pool, Placement &placement, FlushHook hook)
+StreamBuffer::StreamBuffer(File &file, BufferPool &pool, Placement &placement, FlushHook hook,
+                           DataHook data_hook)
     : file_(file),
       pool_(pool),
       placement_(placement),
       hook_(std::move(hook)),
+      data_hook_(std::move(data_hook)),
       starts_(pool.count()) {
   assert(placement_.unit_bytes() > 0 && pool_.at(0).capacity % placement_.unit_bytes() == 0);
 }
@@ -96,6 +98,9 @@ Result<void> StreamBuffer::flush_current() {
 
 Result<void> StreamBuffer::write_current() {
   Buffer &buffer = *current_;
+  if (data_hook_) {
+    data_hook_({buffer.data, std::min<size_t>(buffer.used, position_ - flushed_)});
+  }
   runs_.clear();
   QV_TRY(placement_.place(StreamOffset(flushed_), buffer.used, runs_));
   pool_.send_off(buffer, static_cast<unsigned>(runs_.size()));

@@ -25,6 +25,9 @@ namespace qvmstate::io {
 /// stream. May sleep to keep to a rate.
 using FlushHook = std::function<Result<void>(uint64_t bytes_flushed)>;
 
+/// Called before each buffer is written, with the stream's bytes in it (without the padding).
+using DataHook = std::function<void(std::span<const std::byte> data)>;
+
 /// The first error, of the file, the placement or the hook, stops the stream: every later call
 /// returns it. The file's asynchronous side and the pool belong to the stream while it lives; file,
 /// pool and placement must outlive it. Transfers name the pool's buffers by index: register
@@ -33,7 +36,8 @@ using FlushHook = std::function<Result<void>(uint64_t bytes_flushed)>;
 /// Threads: one at a time.
 class StreamBuffer {
  public:
-  StreamBuffer(File &file, BufferPool &pool, Placement &placement, FlushHook hook = {});
+  StreamBuffer(File &file, BufferPool &pool, Placement &placement, FlushHook hook = {},
+               DataHook data_hook = {});
   ~StreamBuffer();  ///< waits for transfers in flight; their result is lost unless finish() ran
   StreamBuffer(const StreamBuffer &) = delete;
   StreamBuffer &operator=(const StreamBuffer &) = delete;
@@ -64,6 +68,7 @@ class StreamBuffer {
   BufferPool &pool_;
   Placement &placement_;
   FlushHook hook_;
+  DataHook data_hook_;
   Buffer *current_ = nullptr;
   uint64_t position_ = 0;
   uint64_t flushed_ = 0;

@@ -222,6 +222,24 @@ TEST(StreamBuffer, TheHookHearsOfEachFlushAndStopsTheStream) {
   EXPECT_TRUE(s.file->sync()) << "the file itself has no error";
 }
 
+TEST(StreamBuffer, TheDataHookSeesTheStreamWithoutPadding) {
+  auto backend = std::make_unique<MemoryBackend>();
+  File file(std::move(backend), "memory", 4);
+  auto pool = BufferPool::create(2, buffer_bytes);
+  ScatteredPlacement placement({1 * mib}, 0);
+  Bytes seen;
+  std::vector<size_t> parts;
+  StreamBuffer out(file, *pool, placement, {}, [&](std::span<const std::byte> data) {
+    seen.insert(seen.end(), data.begin(), data.end());
+    parts.push_back(data.size());
+  });
+  const Bytes content = random_bytes(2 * buffer_bytes + 700, 9);
+  ASSERT_TRUE(out.put(content));
+  ASSERT_TRUE(out.finish());
+  EXPECT_EQ(seen, content);
+  EXPECT_EQ(parts, (std::vector<size_t>{buffer_bytes, buffer_bytes, 700}));
+}
+
 TEST(StreamBuffer, AWriteErrorStopsTheStream) {
   for (uint64_t nth = 0; nth < 12; ++nth) {
     MemoryOptions options;

@@ -108,11 +108,6 @@ TEST_F(Suitability, ExtendedL2IsRefused) {
   expect_refused("not supported yet", "extended_l2=off");
 }
 
-TEST_F(Suitability, ZstdIsRefused) {
-  create({"-o", "compression_type=zstd"});
-  expect_refused("zstd", "compression_type=zlib");
-}
-
 TEST_F(Suitability, LuksMayTakePartWithItsDiskOnly) {
   // QEMU measures the CPU to choose the rounds of its key function, which can fail on a busy one.
   test::CommandResult created;

@@ -295,6 +295,33 @@ TEST(MappedRamWriter, WhatLandedIsToldOnce) {
   }
 }
 
+TEST(MappedRamWriter, TheChecksumIsThatOfTheBytesInTheFile) {
+  // Blocks whose ends share a MiB with what follows them, one of whole MiBs, one all zero.
+  for (const bool has_view : {true, false}) {
+    for (const size_t count : {1U, 3U}) {
+      std::vector<FakeRam> sources;
+      for (size_t i = 0; i < count; ++i) {
+        FakeRam ram(has_view);
+        ram.add_block("odd", pattern(1000, {Touch::data, Touch::zero, Touch::untouched}), 1);
+        ram.add_block("small", pattern(3, {Touch::zero, Touch::data}), 2);
+        ram.add_block("whole", pattern(512, {Touch::data}), 3);
+        ram.add_block("zero", pattern(700, {Touch::untouched, Touch::zero}), 4);
+        ram.add_block("last", pattern(257, {Touch::data, Touch::data, Touch::zero}), 5);
+        sources.push_back(std::move(ram));
+      }
+      const Target target;
+      MappedWriteOptions options;
+      options.checksum = true;
+      options.all_pages_present = has_view;
+      const Saved saved = save(target, sources, options);
+      ASSERT_TRUE(saved.stats);
+      StreamDigest digest;
+      digest.add(slice(saved.bytes, 0, saved.stats->stream_bytes));
+      EXPECT_EQ(saved.stats->checksum, digest.finish());
+    }
+  }
+}
+
 TEST(MappedRamWriter, AnErrorOfOneChannelStopsAll) {
   std::vector<FakeRam> sources;
   for (int i = 0; i < 2; ++i) {
