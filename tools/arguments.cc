@@ -183,4 +183,23 @@ void add_extract(CLI::App &app, ExtractCommand &command) {
       "  qvmstate extract vm.mig --offset 4096 --as block pc.ram -o ram.bin");
 }
 
+void add_check(CLI::App &app, CheckCommand &command) {
+  CLI::App *check = app.add_subcommand("check", "Look for damage in an image and its VM states");
+  check->add_option("IMAGE", command.image, "A qcow2 image")->required()->type_name("");
+  check->add_option("NAME", command.name, "The state of this snapshot only; default: of all")
+      ->type_name("");
+  check->add_flag("--independent", command.independent,
+                  "Read states and disks a second time through libqcow, and compare");
+  add_choice(*check, "--direct", command.direct, direct_modes, "Bypass the page cache (O_DIRECT)");
+  check->add_flag("-U,--force-share", command.force_share,
+                  "Read without locks while a VM uses the image; what is read may be torn");
+  add_format(*check, command.format);
+  check->footer(
+      "Exit status: 0 nothing is wrong; 1 damage, leaked clusters, something that QEMU will "
+      "refuse, or the check could not be done; 2 wrong usage.\n"
+      "Examples:\n"
+      "  qvmstate check disk.qcow2\n"
+      "  qvmstate check disk.qcow2 nightly --independent");
+}
+
 }  // namespace qvmstate::tools

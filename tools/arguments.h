@@ -1,4 +1,4 @@
-// The options that several subcommands have, and those of save and extract, which have the most.
+// The options that several subcommands have, and those of the subcommands that have many.
 //
 // What is wrong with them is a CLI::ParseError out of CLI::App::parse(): exit status 2.
 #pragma once
@@ -19,8 +19,9 @@ void add_format(CLI::App &app, Format &target);
 /// Where in a migration file the stream begins.
 CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target);
 
-// The subcommands save and extract. `command` outlives the parsing.
+// The subcommands with many options. `command` outlives the parsing.
 void add_save(CLI::App &app, SaveCommand &command);
 void add_extract(CLI::App &app, ExtractCommand &command);
+void add_check(CLI::App &app, CheckCommand &command);
 
 }  // namespace qvmstate::tools

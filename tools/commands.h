@@ -58,6 +58,19 @@ struct ReadCommand {
 int run_list(const ReadCommand &command);
 int run_info(const ReadCommand &command);
 
+// check.cc
+
+struct CheckCommand {
+  std::string image;
+  std::string name;          ///< empty: all snapshots
+  bool independent = false;  ///< a second time through libqcow
+  io::DirectMode direct = io::DirectMode::automatic;
+  bool force_share = false;
+  Format format = Format::human;
+};
+/// exit_done: nothing is wrong; exit_failed: something is, or it could not be found out.
+int run_check(const CheckCommand &command);
+
 // On images that no VM is using, and on migration files (extract.cc).
 
 enum class ExtractKind { block };

@@ -81,6 +81,9 @@ int run(int argc, char **argv) {
   ExtractCommand extract;
   add_extract(app, extract);
 
+  CheckCommand check;
+  add_check(app, check);
+
   DeleteCommand remove;
   add_delete(app, remove);
 
@@ -122,6 +125,9 @@ int run(int argc, char **argv) {
   }
   if (app.got_subcommand("extract")) {
     return run_extract(extract);
+  }
+  if (app.got_subcommand("check")) {
+    return run_check(check);
   }
   return remove.qmp.empty() ? run_delete_offline(remove) : run_delete_live(remove);
 }

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "libqcow_overlay.h"
 #include "qcow2/cluster_reader.h"
 #include "test_images.h"
+#include "tools/libqcow_reader.h"
 
 namespace qvmstate::qcow2 {
 namespace {
@@ -48,7 +48,7 @@ TEST_P(Libqcow, ReadsDisksAndSnapshotsAsOurReaderDoes) {
   for (const auto &[l1_offset, l1_entries] :
        {std::pair(image->header().l1_offset, image->header().l1_entries),
         std::pair(snapshot.l1_offset, snapshot.l1_entries)}) {
-    auto libqcow = test::LibqcowReader::open(path, l1_offset, l1_entries);
+    auto libqcow = tools::LibqcowReader::open(path, l1_offset, l1_entries);
     ASSERT_TRUE(libqcow) << libqcow.error().message;
     ClusterReader ours(*image, l1_offset, l1_entries);
     Bytes theirs_bytes(disk_bytes), our_bytes(disk_bytes);
@@ -75,7 +75,7 @@ TEST(LibqcowOverlay, ReadsTheAreaPastTheDisk) {
   store_be<uint64_t>(bytes.data() + 3 * 512 + 2 * 8, uint64_t{1} << 63 | 4 * 512);
   store_be<uint64_t>(bytes.data() + 3 * 512, 0);
   test::write_file(path, bytes);
-  auto libqcow = test::LibqcowReader::open(path, HostOffset(3 * 512), 4);
+  auto libqcow = tools::LibqcowReader::open(path, HostOffset(3 * 512), 4);
   ASSERT_TRUE(libqcow) << libqcow.error().message;
   Bytes read(4);
   const auto result = libqcow->read(GuestOffset(2 * 32768 + 510), read);
@@ -87,10 +87,10 @@ TEST(LibqcowOverlay, ReadsTheAreaPastTheDisk) {
 
 TEST(LibqcowOverlay, OtherFilesAreErrors) {
   test::ScratchFolder folder;
-  EXPECT_EQ(test::LibqcowReader::open(folder.path("none"), HostOffset(0), 1).error().code,
+  EXPECT_EQ(tools::LibqcowReader::open(folder.path("none"), HostOffset(0), 1).error().code,
             ErrorCode::not_found);
   test::write_file(folder.path("text"), Bytes(4096, std::byte{'x'}));
-  EXPECT_EQ(test::LibqcowReader::open(folder.path("text"), HostOffset(0), 1).error().code,
+  EXPECT_EQ(tools::LibqcowReader::open(folder.path("text"), HostOffset(0), 1).error().code,
             ErrorCode::bad_image);
 }
 

@@ -15,9 +15,9 @@
 #include <map>
 
 #include "edit_helpers.h"
-#include "libqcow_overlay.h"
 #include "qcow2/cluster_reader.h"
 #include "qcow2/suitability.h"
+#include "tools/libqcow_reader.h"
 
 namespace qvmstate::qcow2::test {
 namespace {
@@ -217,8 +217,8 @@ Result<Bytes> libqcow_vmstate(const std::string &path, const Image &image,
                               const std::string &name) {
   const Snapshot &snapshot =
       image.snapshots().at(static_cast<size_t>(find_snapshot(image.snapshots(), name)));
-  QV_ASSIGN(LibqcowReader reader,
-            LibqcowReader::open(path, snapshot.l1_offset, snapshot.l1_entries));
+  QV_ASSIGN(tools::LibqcowReader reader,
+            tools::LibqcowReader::open(path, snapshot.l1_offset, snapshot.l1_entries));
   Bytes bytes(snapshot.vmstate_bytes);
   const Geometry &geometry = image.geometry();
   QV_TRY(reader.read(

@@ -1,4 +1,4 @@
-#include "libqcow_overlay.h"
+#include "tools/libqcow_reader.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -15,8 +15,10 @@
 #include "qcow2/geometry.h"
 #include "qcow2/header.h"
 
-namespace qvmstate::qcow2::test {
+namespace qvmstate::tools {
 namespace {
+
+using qcow2::RawHeader;
 
 /// The file with another header, as libbfio sees it. Callbacks follow libbfio's conventions: 1 or a
 /// count is success, -1 an error.
@@ -27,7 +29,7 @@ struct Overlay {
   uint64_t position = 0;
 };
 
-constexpr size_t overlaid_bytes = switch_offset + 12;  // up to and with the L1 offset
+constexpr size_t overlaid_bytes = qcow2::switch_offset + 12;  // up to and with the L1 offset
 
 Overlay *overlay_of(intptr_t *handle) {
   return reinterpret_cast<Overlay *>(handle);
@@ -145,24 +147,24 @@ struct LibqcowReader::State {
 };
 
 Result<LibqcowReader> LibqcowReader::open(const std::string &path, HostOffset l1_offset,
-                                          uint32_t l1_entries) {
+                                          uint32_t l1_entries, const std::string &shown_name) {
   auto state = std::make_unique<State>();
-  state->path = path;
+  state->path = shown_name.empty() ? path : shown_name;
   Overlay &overlay = state->overlay;
   overlay.descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (overlay.descriptor < 0) {
-    return fail_errno(errno, path + ": cannot be opened");
+    return fail_errno(errno, state->path + ": cannot be opened");
   }
   const off_t end = lseek(overlay.descriptor, 0, SEEK_END);
   if (end < 0 || pread(overlay.descriptor, &overlay.header, sizeof overlay.header, 0) !=
                      static_cast<ssize_t>(sizeof overlay.header)) {
-    return fail(ErrorCode::bad_image, path + ": is too short for a qcow2 image");
+    return fail(ErrorCode::bad_image, state->path + ": is too short for a qcow2 image");
   }
-  Geometry geometry;
+  qcow2::Geometry geometry;
   geometry.cluster_bits = overlay.header.cluster_bits;
-  if (overlay.header.magic != header_magic || geometry.cluster_bits < 9 ||
+  if (overlay.header.magic != qcow2::header_magic || geometry.cluster_bits < 9 ||
       geometry.cluster_bits > 21) {
-    return fail(ErrorCode::bad_image, path + ": is not a qcow2 image");
+    return fail(ErrorCode::bad_image, state->path + ": is not a qcow2 image");
   }
   overlay.file_bytes = round_up(static_cast<uint64_t>(end), geometry.cluster_bytes());
   overlay.header.backing_name_offset = uint64_t{0};
@@ -209,4 +211,4 @@ Result<void> LibqcowReader::read(GuestOffset offset, std::span<std::byte> to) {
   return {};
 }
 
-}  // namespace qvmstate::qcow2::test
+}  // namespace qvmstate::tools

@@ -17,14 +17,15 @@
 #include "qcow2/io/offsets.h"
 #include "qcow2/io/result.h"
 
-namespace qvmstate::qcow2::test {
+namespace qvmstate::tools {
 
 /// Threads: one at a time.
 class LibqcowReader {
  public:
-  /// `l1_entries` entries at `l1_offset` of the image at `path`.
+  /// `l1_entries` entries at `l1_offset` of the image at `path`, which messages call `shown_name`
+  /// if it is not empty.
   static Result<LibqcowReader> open(const std::string &path, HostOffset l1_offset,
-                                    uint32_t l1_entries);
+                                    uint32_t l1_entries, const std::string &shown_name = {});
   LibqcowReader(LibqcowReader &&) noexcept;
   LibqcowReader &operator=(LibqcowReader &&) noexcept;
   ~LibqcowReader();
@@ -37,4 +38,4 @@ class LibqcowReader {
   std::unique_ptr<State> state_;
 };
 
-}  // namespace qvmstate::qcow2::test
+}  // namespace qvmstate::tools
