@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "tools/format.h"
+#include "vmstate/compressed_copy.h"
 #include "vmstate/mapped_ram_reader.h"
 
 namespace qvmstate::tools {
@@ -69,6 +70,22 @@ void add_target(CLI::App &save, qemu::SaveOptions &options) {
       ->type_name("N");
   save.add_flag("--sparse-bitmap", options.sparse_bitmap,
                 "With mapped-ram: leave holes in the bitmap of pages");
+}
+
+void add_layout(CLI::App &app, std::optional<vmstate::Layout> &target) {
+  app.add_option_function<std::string>(
+         "--layout",
+         [&target](const std::string &word) {
+           target = word == "legacy" ? vmstate::Layout::legacy : vmstate::Layout::mapped_ram;
+         },
+         "How RAM lies in the state; default: as it does")
+      ->check(CLI::IsMember({"legacy", "mapped-ram"}))
+      ->type_name("legacy|mapped-ram");
+}
+
+void add_image_and_name(CLI::App &app, std::string &image, std::string &name) {
+  app.add_option("IMAGE", image, "A qcow2 image")->required()->type_name("");
+  app.add_option("NAME", name, "Name of the snapshot")->required()->type_name("");
 }
 
 }  // namespace
@@ -200,6 +217,84 @@ void add_check(CLI::App &app, CheckCommand &command) {
       "Examples:\n"
       "  qvmstate check disk.qcow2\n"
       "  qvmstate check disk.qcow2 nightly --independent");
+}
+
+void add_convert(CLI::App &app, ConvertCommand &command) {
+  CLI::App *convert = app.add_subcommand(
+      "convert", "Write the VM state of a snapshot anew: in another layout, compressed or not");
+  add_image_and_name(*convert, command.image, command.name);
+  add_layout(*convert, command.layout);
+  convert->add_flag("--compress", command.compress,
+                    "Into compressed clusters, deflate or zstd as the image has it");
+  convert->add_option("--threads", command.threads, "Threads that compress; default: one a CPU")
+      ->check(CLI::Range(1U, vmstate::compress_threads_max))
+      ->type_name("N");
+  add_format(*convert, command.format);
+  convert->footer(
+      "Examples:\n"
+      "  qvmstate convert disk.qcow2 nightly --compress\n"
+      "  qvmstate convert disk.qcow2 nightly --layout mapped-ram");
+}
+
+void add_export(CLI::App &app, ExportCommand &command) {
+  CLI::App *save = app.add_subcommand(
+      "export", "Write the VM state of a snapshot to a file that QEMU or libvirt loads");
+  add_image_and_name(*save, command.image, command.name);
+  save->add_option("FILE", command.output, "A new file")->required()->type_name("");
+  add_layout(*save, command.layout);
+  CLI::Option *as =
+      save->add_option_function<std::string>(
+              "--as", [&command](const std::string &) { command.as_libvirt_save = true; },
+              "As `virsh save` writes it, with --xml; default: as QEMU's migrate does")
+          ->check(CLI::IsMember({"libvirt-save"}))
+          ->type_name("libvirt-save");
+  CLI::Option *xml =
+      save->add_option("--xml", command.xml, "The domain, as `virsh dumpxml` prints it")
+          ->type_name("XML");
+  as->needs(xml);
+  xml->needs(as);
+  save->add_flag("-U,--force-share", command.force_share,
+                 "Read without locks while a VM uses the image; what is read may be torn");
+  add_format(*save, command.format);
+  save->footer(
+      "Examples:\n"
+      "  qvmstate export disk.qcow2 nightly vm.mig --layout mapped-ram\n"
+      "  qvmstate export disk.qcow2 nightly vm.save --as libvirt-save --xml vm.xml");
+}
+
+void add_import(CLI::App &app, ImportCommand &command) {
+  CLI::App *load = app.add_subcommand(
+      "import", "Make a snapshot of a disk as it is now and the VM state in a file");
+  load->add_option("FILE", command.file, "A migration file, or one that `virsh save` wrote")
+      ->required()
+      ->type_name("");
+  add_image_and_name(*load, command.image, command.name);
+  load->add_option("--disk", command.disks,
+                   "Another qcow2 image of the VM, which gets the snapshot of its disk")
+      ->type_name("IMAGE");
+  add_offset(*load, command.offset);
+  add_layout(*load, command.layout);
+  load->add_flag("--replace", command.replace,
+                 "Take the place of a snapshot of that name, once the new one is there");
+  load->add_option("--save-xml", command.save_xml,
+                   "A new file for the domain's XML, of a file that libvirt wrote")
+      ->type_name("XML");
+  add_format(*load, command.format);
+  load->footer(
+      "Examples:\n"
+      "  qvmstate import vm.mig disk.qcow2 moved\n"
+      "  qvmstate import vm.save disk.qcow2 moved --save-xml vm.xml");
+}
+
+void add_diff(CLI::App &app, DiffCommand &command) {
+  CLI::App *diff =
+      app.add_subcommand("diff", "Tell which pages and device sections of two states differ");
+  diff->add_option("IMAGE", command.image, "A qcow2 image")->required()->type_name("");
+  diff->add_option("A", command.a, "A snapshot")->required()->type_name("");
+  diff->add_option("B", command.b, "Another one")->required()->type_name("");
+  diff->add_flag("-U,--force-share", command.force_share,
+                 "Read without locks while a VM uses the image; what is read may be torn");
+  add_format(*diff, command.format);
 }
 
 }  // namespace qvmstate::tools

@@ -23,5 +23,9 @@ CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target);
 void add_save(CLI::App &app, SaveCommand &command);
 void add_extract(CLI::App &app, ExtractCommand &command);
 void add_check(CLI::App &app, CheckCommand &command);
+void add_convert(CLI::App &app, ConvertCommand &command);
+void add_export(CLI::App &app, ExportCommand &command);
+void add_import(CLI::App &app, ImportCommand &command);
+void add_diff(CLI::App &app, DiffCommand &command);
 
 }  // namespace qvmstate::tools

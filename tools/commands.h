@@ -9,6 +9,7 @@
 #include "plugin/qemu/operations.h"
 #include "qcow2/io/file.h"
 #include "tools/output.h"
+#include "vmstate/stream_reader.h"
 
 namespace qvmstate::tools {
 
@@ -70,6 +71,58 @@ struct CheckCommand {
 };
 /// exit_done: nothing is wrong; exit_failed: something is, or it could not be found out.
 int run_check(const CheckCommand &command);
+
+// convert.cc
+
+struct ConvertCommand {
+  std::string image;
+  std::string name;
+  std::optional<vmstate::Layout> layout;  ///< default: as it is
+  bool compress = false;
+  unsigned threads = 0;  ///< that compress; 0: one a CPU
+  Format format = Format::human;
+};
+int run_convert(const ConvertCommand &command);
+
+// export.cc
+
+struct ExportCommand {
+  std::string image;
+  std::string name;
+  std::string output;                     ///< a new file
+  std::optional<vmstate::Layout> layout;  ///< default: as it is
+  bool as_libvirt_save = false;
+  std::string xml;  ///< file with the XML of the domain, for that
+  bool force_share = false;
+  Format format = Format::human;
+};
+int run_export(const ExportCommand &command);
+
+// import.cc
+
+struct ImportCommand {
+  std::string file;
+  std::string image;               ///< gets the state
+  std::vector<std::string> disks;  ///< other images of the VM, which get their disk's snapshot
+  std::string name;
+  std::optional<uint64_t> offset;         ///< of the stream in the file
+  std::optional<vmstate::Layout> layout;  ///< default: as it is
+  bool replace = false;
+  std::string save_xml;  ///< where the XML of a libvirt save file goes; empty: nowhere
+  Format format = Format::human;
+};
+int run_import(const ImportCommand &command);
+
+// diff.cc
+
+struct DiffCommand {
+  std::string image;
+  std::string a;
+  std::string b;
+  bool force_share = false;
+  Format format = Format::human;
+};
+int run_diff(const DiffCommand &command);
 
 // On images that no VM is using, and on migration files (extract.cc).
 

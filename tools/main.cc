@@ -83,6 +83,14 @@ int run(int argc, char **argv) {
 
   CheckCommand check;
   add_check(app, check);
+  ConvertCommand convert;
+  add_convert(app, convert);
+  ExportCommand exporting;
+  add_export(app, exporting);
+  ImportCommand importing;
+  add_import(app, importing);
+  DiffCommand diff;
+  add_diff(app, diff);
 
   DeleteCommand remove;
   add_delete(app, remove);
@@ -128,6 +136,18 @@ int run(int argc, char **argv) {
   }
   if (app.got_subcommand("check")) {
     return run_check(check);
+  }
+  if (app.got_subcommand("convert")) {
+    return run_convert(convert);
+  }
+  if (app.got_subcommand("export")) {
+    return run_export(exporting);
+  }
+  if (app.got_subcommand("import")) {
+    return run_import(importing);
+  }
+  if (app.got_subcommand("diff")) {
+    return run_diff(diff);
   }
   return remove.qmp.empty() ? run_delete_offline(remove) : run_delete_live(remove);
 }

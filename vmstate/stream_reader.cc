@@ -111,12 +111,13 @@ class Cursor {
 class Reader {
  public:
   Reader(StreamSource &source, const PageHook &hook, StreamOffset start,
-         const BlocksHook &blocks_hook)
+         const BlocksHook &blocks_hook, const PlaceHook &place_hook)
       : source_(source),
         cursor_(source, start),
         start_(start),
         hook_(hook),
-        blocks_hook_(blocks_hook) {}
+        blocks_hook_(blocks_hook),
+        place_hook_(place_hook) {}
 
   Result<StreamSummary> read() {
     QV_TRY(read_file_header());
@@ -493,6 +494,9 @@ class Reader {
     } else {
       QV_ASSIGN(data, cursor_.take(summary_.page_bytes));
       summary_.data_pages += 1;
+      if (place_hook_) {
+        place_hook_(StreamOffset(cursor_.tell() - summary_.page_bytes));
+      }
     }
     return hook_ ? hook_(block_, offset, summary_.page_bytes, data) : Result<void>{};
   }
@@ -527,6 +531,7 @@ class Reader {
   StreamOffset start_;
   const PageHook &hook_;
   const BlocksHook &blocks_hook_;
+  const PlaceHook &place_hook_;
   StreamSummary summary_;
   std::optional<uint32_t> ram_id_;
   std::unordered_map<std::string, size_t> block_by_idstr_;
@@ -542,13 +547,13 @@ const char *layout_name(Layout layout) {
 }
 
 Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook, StreamOffset start,
-                                  const BlocksHook &blocks_hook) {
+                                  const BlocksHook &blocks_hook, const PlaceHook &place_hook) {
   if (start.value > source.bytes_max()) {
     return fail(ErrorCode::bad_stream, "vmstate stream: would begin at byte " +
                                            std::to_string(start.value) + ", past the end at byte " +
                                            std::to_string(source.bytes_max()));
   }
-  return Reader(source, hook, start, blocks_hook).read();
+  return Reader(source, hook, start, blocks_hook, place_hook).read();
 }
 
 }  // namespace qvmstate::vmstate

@@ -58,10 +58,14 @@ using PageHook = std::function<Result<void>(size_t block, uint64_t offset, uint6
 /// Called once, as soon as the RAM blocks are known and before any page: with what was read so far.
 using BlocksHook = std::function<Result<void>(const StreamSummary &so_far)>;
 
+/// Called before the page hook for each page of a legacy stream that is stored as it is: where.
+using PlaceHook = std::function<void(StreamOffset place)>;
+
 /// Walks the stream that begins at `start` of the source to its end; an error of a hook ends it
 /// early. Refuses by name what it does not decode (XBZRLE, compressed pages, postcopy, multifd over
 /// a network).
 Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook = {},
-                                  StreamOffset start = {}, const BlocksHook &blocks_hook = {});
+                                  StreamOffset start = {}, const BlocksHook &blocks_hook = {},
+                                  const PlaceHook &place_hook = {});
 
 }  // namespace qvmstate::vmstate

@@ -34,6 +34,7 @@ SOURCE = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 
 import abi_case  # noqa: E402  (found through the path set above)
+import offline  # noqa: E402
 import qemus  # noqa: E402
 from bare_vm import LOADED_AT_MIB, PAGE, BareVM, PeakMemory, status_kib  # noqa: E402
 from qmp import QmpError  # noqa: E402
@@ -84,7 +85,7 @@ CONTESTANTS = [
     *OURS_MAPPED, MIGRATE, SAVEVM, *ZERO, *SWEEP,
 ]
 OURS = ("plugin", "attach")
-ALL_CASES = "main,large,metadata,serializer,abi"
+ALL_CASES = "main,large,metadata,serializer,abi,offline"
 
 
 def compared_with(contestant):
@@ -635,6 +636,8 @@ def main():
         if "abi" in cases:
             results["abi"] = abi_case.measure(bench, options.rounds, abi_rows, bars, quiet_machine,
                                               progress)
+        if "offline" in cases:
+            results["offline"] = offline.measure(bench, options.rounds, bars, quiet_machine, row)
     finally:
         bench.clean_up()
     print("\nBars:\n\n" + "\n".join(bars.lines))

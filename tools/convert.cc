@@ -1,0 +1,152 @@
+// convert: the VM state of a snapshot in another layout, compressed or not compressed any more.
+//
+// The snapshot keeps its disk, id, name and date. One header write puts the new state into the
+// place of the old one, so that a crash leaves the one or the other. With another layout and
+// --compress there are two such writes, first the one of the layout.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "qcow2/image_edit.h"
+#include "qcow2/image_set.h"
+#include "qcow2/suitability.h"
+#include "tools/commands.h"
+#include "tools/format.h"
+#include "tools/state_source.h"
+#include "tools/state_work.h"
+#include "vmstate/compressed_copy.h"
+#include "vmstate/read_ahead_source.h"
+
+namespace qvmstate::tools {
+
+namespace {
+
+struct Converted {
+  vmstate::Layout layout = vmstate::Layout::legacy;
+  uint64_t stream_bytes = 0;
+  uint64_t stored_bytes = 0;  ///< of it, in compressed clusters; 0: not compressed
+};
+
+unsigned threads_or_default(unsigned threads) {
+  const long cpus = ::sysconf(_SC_NPROCESSORS_ONLN);
+  return threads != 0
+             ? threads
+             : static_cast<unsigned>(std::clamp<long>(cpus, 1, vmstate::compress_threads_max));
+}
+
+/// Writes the state through the edit; its exact length and checksum.
+Result<vmstate::StateChecksum> write_plain(qcow2::Image &image, const CheckedSnapshot &state,
+                                           vmstate::Layout layout, qcow2::ImageEdit &edit) {
+  qcow2::VmstateArea &area = edit.vmstate();
+  const vmstate::TransferTarget target = {.file = &image.file(),
+                                          .sequential = &area,
+                                          .fixed = &area,
+                                          .all_pages_present = true,
+                                          .checksum = true};
+  vmstate::StreamStats stats;
+  if (layout == vmstate::Layout::legacy && state.stream.layout == layout) {
+    QV_ASSIGN(auto opened, state.opener());
+    QV_ASSIGN(const auto source, vmstate::ReadAheadSource::create(std::move(opened)));
+    edit.expect_stream_bytes(state.stream.stream_bytes);
+    QV_ASSIGN(stats, vmstate::copy_stream(*source, StreamOffset(0), state.stream.stream_bytes,
+                                          target, cancel_hook()));
+  } else {
+    QV_ASSIGN(const auto stored, stored_state(state));
+    area.expect_fixed_bytes(state.stream.data_pages * state.stream.page_bytes);
+    QV_ASSIGN(stats, vmstate::write_state_anew(*stored, layout, target, cancel_hook()));
+  }
+  if (layout == vmstate::Layout::mapped_ram) {
+    QV_TRY(area.finish_fixed(stats.stream_bytes));
+  }
+  return *stats.checksum;
+}
+
+/// One edit.
+Result<Converted> convert_once(qcow2::Image &image, const CheckedSnapshot &state,
+                               vmstate::Layout layout, const ConvertCommand &command,
+                               bool compress) {
+  Converted converted;
+  converted.layout = layout;
+  const auto index = static_cast<size_t>(qcow2::find_snapshot(image.snapshots(), command.name));
+  QV_ASSIGN(const auto edit, qcow2::ImageEdit::begin(image));
+  QV_TRY(edit->replace_vmstate(index));
+  vmstate::StateChecksum checksum;
+  if (compress) {
+    QV_ASSIGN(auto opened, state.opener());
+    QV_ASSIGN(const auto source, vmstate::ReadAheadSource::create(std::move(opened)));
+    QV_ASSIGN(const vmstate::CompressedCopy copy,
+              vmstate::copy_compressed(*source, state.stream.stream_bytes, image.header(),
+                                       edit->compressed_vmstate(),
+                                       threads_or_default(command.threads), cancel_hook()));
+    checksum = copy.checksum;
+    converted.stored_bytes = copy.stored_bytes;
+  } else {
+    QV_ASSIGN(checksum, write_plain(image, state, converted.layout, *edit));
+  }
+  edit->set_added_extra(vmstate::format_checksum(checksum));
+  QV_TRY(image.file().sync());
+  QV_TRY(edit->commit(checksum.stream_bytes));
+  edit->give_back_space();
+  converted.stream_bytes = checksum.stream_bytes;
+  return converted;
+}
+
+Result<Converted> convert(const ConvertCommand &command) {
+  QV_ASSIGN(OpenImage opened, open_image(command.image, true, true));
+  QV_TRY(qcow2::check_image_suits(opened.image, qcow2::ImageRole::vmstate));
+  if (qcow2::needs_recovery({&opened.image})) {
+    return fail(ErrorCode::bad_state,
+                command.image +
+                    ": holds a part of a save over several disks that was interrupted; "
+                    "`qvmstate resume` on the running VM settles it");
+  }
+  qcow2::Image &image = opened.image;
+  QV_ASSIGN(CheckedSnapshot state, checked_snapshot(image, command.name));
+  const vmstate::Layout layout = command.layout.value_or(state.stream.layout);
+  Converted converted;
+  if (!command.compress || layout != state.stream.layout) {
+    QV_ASSIGN(converted, convert_once(image, state, layout, command, false));
+    if (command.compress) {
+      QV_ASSIGN(state, checked_snapshot(image, command.name));
+    }
+  }
+  if (command.compress) {
+    QV_ASSIGN(converted, convert_once(image, state, layout, command, true));
+  }
+  return converted;
+}
+
+}  // namespace
+
+int run_convert(const ConvertCommand &command) {
+  const auto begin = std::chrono::steady_clock::now();
+  const Result<Converted> converted = convert(command);
+  if (!converted) {
+    return report_failure("convert", converted.error(), command.format);
+  }
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  if (command.format == Format::json) {
+    return finish("convert", to_line({{"event", "completed"},
+                                      {"operation", "convert"},
+                                      {"filename", command.image},
+                                      {"name", command.name},
+                                      {"layout", vmstate::layout_name(converted->layout)},
+                                      {"size", converted->stream_bytes},
+                                      {"compressed", command.compress},
+                                      {"stored-bytes", converted->stored_bytes},
+                                      {"total-seconds", seconds}}));
+  }
+  std::string text = fmt::format("'{}' in {} is a {} stream of {} now", printable(command.name),
+                                 printable(command.image), vmstate::layout_name(converted->layout),
+                                 format_size(converted->stream_bytes));
+  if (command.compress) {
+    text += fmt::format(", compressed to {}", format_size(converted->stored_bytes));
+  }
+  return finish("convert", text + fmt::format(", in {}\n", format_seconds(seconds)));
+}
+
+}  // namespace qvmstate::tools
