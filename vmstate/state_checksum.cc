@@ -9,6 +9,7 @@
 #include <xxhash.h>
 
 #include "qcow2/io/endian.h"
+#include "vmstate/xxh3_avx2.h"
 
 namespace qvmstate::vmstate {
 namespace {
@@ -81,11 +82,18 @@ PieceDigest &PieceDigest::operator=(PieceDigest &&) noexcept = default;
 PieceDigest::~PieceDigest() = default;
 
 Digest PieceDigest::of(std::span<const std::byte> bytes) {
-  return canonical(XXH3_128bits(bytes.data(), bytes.size()));
+  PieceDigest piece;
+  piece.add(bytes);
+  return piece.finish();
 }
 
 void PieceDigest::add(std::span<const std::byte> bytes) {
-  XXH3_128bits_update(&state_->hash, bytes.data(), bytes.size());
+  static const bool has_avx2 = __builtin_cpu_supports("avx2");
+  if (has_avx2) {
+    xxh3_update_avx2(&state_->hash, bytes.data(), bytes.size());
+  } else {
+    XXH3_128bits_update(&state_->hash, bytes.data(), bytes.size());
+  }
   bytes_ += bytes.size();
 }
 
@@ -132,11 +140,6 @@ void StreamDigest::end_piece() {
 void StreamDigest::add(std::span<const std::byte> bytes) {
   bytes_ += bytes.size();
   while (!bytes.empty()) {
-    if (piece_.bytes() == 0 && bytes.size() >= checksum_piece_bytes) {
-      digests_.push_back(PieceDigest::of(bytes.first(checksum_piece_bytes)));
-      bytes = bytes.subspan(checksum_piece_bytes);
-      continue;
-    }
     const size_t part = std::min<uint64_t>(bytes.size(), checksum_piece_bytes - piece_.bytes());
     piece_.add(bytes.first(part));
     if (piece_.bytes() == checksum_piece_bytes) {
