@@ -3,6 +3,8 @@
 #include <zlib.h>
 #include <zstd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 
 namespace qvmstate::qcow2 {
@@ -13,6 +15,24 @@ constexpr int deflate_memory_level = 8;
 // The fastest: RAM is written once and read seldom, and the CPU is what limits.
 constexpr int deflate_level = 1;
 constexpr int zstd_level = 1;
+
+/// Whether the bytes look like noise (or are compressed or encrypted already): all values about
+/// equally often in a sample. Trying to compress that takes long and gains nothing.
+bool looks_random(std::span<const std::byte> cluster) {
+  constexpr size_t samples_max = 4096;
+  const size_t step = cluster.size() / samples_max | 1;  // odd: not always the same byte of a word
+  std::array<uint32_t, 256> counts = {};
+  uint64_t samples = 0;
+  for (size_t at = 0; at < cluster.size(); at += step, ++samples) {
+    ++counts[static_cast<uint8_t>(cluster[at])];
+  }
+  uint64_t squares = 0;
+  for (const uint64_t count : counts) {
+    squares += count * count;
+  }
+  const uint64_t expected = samples + samples * (samples - 1) / counts.size();
+  return squares < expected + expected / 8;
+}
 
 bool inflate_cluster(std::span<const std::byte> stored, std::span<std::byte> cluster) {
   z_stream stream = {};
@@ -84,6 +104,9 @@ Result<std::unique_ptr<ClusterCompressor>> ClusterCompressor::create(uint8_t com
 }
 
 size_t ClusterCompressor::compress(std::span<const std::byte> cluster, std::span<std::byte> to) {
+  if (looks_random(cluster)) {
+    return 0;
+  }
   if (state_->type == compression_zstd) {
     const size_t bytes = ZSTD_compressCCtx(state_->zstd, to.data(), to.size(), cluster.data(),
                                            cluster.size(), zstd_level);

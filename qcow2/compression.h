@@ -23,7 +23,7 @@ class ClusterCompressor {
   static Result<std::unique_ptr<ClusterCompressor>> create(uint8_t compression_type);
   ~ClusterCompressor();
   /// Compresses a cluster to `to`, which has less room than that; the bytes it took, or 0 if it
-  /// does not fit.
+  /// does not fit, or looks as if it did not.
   size_t compress(std::span<const std::byte> cluster, std::span<std::byte> to);
 
  private:
