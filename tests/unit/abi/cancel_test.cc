@@ -87,7 +87,8 @@ TEST_P(Ending, CancelledBeforeTheCommit) {
 TEST_P(Ending, ClosedHalfWay) {
   begin();
   ASSERT_OK(api().save_ram(save, nullptr, 0, &error));
-  const qvmstate_section section = section_of("uart", 0, 1, Blob(10));
+  const Blob bytes(10);
+  const qvmstate_section section = section_of("uart", 0, 1, bytes);
   ASSERT_OK(api().save_section(save, &section, &error));
   close();
 }
