@@ -106,6 +106,7 @@ Result<void> SparseWriter::write(uint64_t offset, std::span<const std::byte> dat
     std::memset(current_->data + current_->used, 0, gap);
     current_->used += gap;
   }
+  may_fill_gap_ = true;
   while (!data.empty()) {
     if (current_ != nullptr &&
         (current_->used == current_->capacity || current_offset_ + current_->used != offset)) {
@@ -142,7 +143,8 @@ uint64_t SparseWriter::gap_before(uint64_t offset) const {
     return 0;
   }
   const uint64_t end = current_offset_ + current_->used;
-  const bool fits = end == written_end_ && offset > end && offset - end <= gap_bytes_max &&
+  const bool fits = may_fill_gap_ && end == written_end_ && offset > end &&
+                    offset - end <= gap_bytes_max &&
                     offset - end < current_->capacity - current_->used;
   return fits ? offset - end : 0;
 }

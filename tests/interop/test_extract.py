@@ -25,8 +25,8 @@ def counted(text):
     return struct.pack(">B", len(text)) + text
 
 
-def head(capabilities=()):
-    text = b"QEVM" + struct.pack(">I", 3) + b"\x07" + struct.pack(">I", 2) + b"pc"
+def head(capabilities=(), machine=b"pc"):
+    text = b"QEVM" + struct.pack(">I", 3) + b"\x07" + struct.pack(">I", len(machine)) + machine
     if capabilities:
         text += b"\x05" + counted(b"configuration/capabilities")
         text += struct.pack(">II", 1, len(capabilities)) + b"".join(map(counted, capabilities))
@@ -51,9 +51,9 @@ def mapped_stream(pages, start=0):
     return text + b"".join(page or b"\xdb" * PAGE for page in pages) + END
 
 
-def legacy_stream(records, pages):
+def legacy_stream(records, pages, machine=b"pc"):
     """Records: (page number, bytes or None for zero)."""
-    text = head() + struct.pack(">Q", pages * PAGE | 4) + counted(b"m")
+    text = head(machine=machine) + struct.pack(">Q", pages * PAGE | 4) + counted(b"m")
     text += struct.pack(">Q", pages * PAGE)
     for number, page in records:
         text += struct.pack(">Q", number * PAGE | (8 if page else 2)) + counted(b"m")
@@ -83,8 +83,9 @@ class Extract(unittest.TestCase):
         with open(self.file, "wb") as file:
             file.write(data)
 
-    def extract(self, *options, status=0, block="m"):
-        done = run("extract", self.file, "--as", "block", block, "-o", self.out, *options)
+    def extract(self, *options, status=0, block="m", kind=None):
+        words = [kind] if kind else ["block", block]
+        done = run("extract", self.file, "--as", *words, "-o", self.out, *options)
         self.assertEqual(done.returncode, status, done.stderr)
         # Whatever happened, nothing half done is left.
         self.assertEqual(set(os.listdir(self.folder.name)) - {"vm.mig", "ram"}, set())
@@ -144,6 +145,48 @@ class Extract(unittest.TestCase):
         self.assertEqual(done.returncode, 1)
         self.assertIn(b"-o FILE", done.stderr)
 
+    def test_stream(self):
+        pages = some_pages(500)
+        for start, data in ((0, legacy_stream(list(enumerate(pages)), 500)),
+                            (5000, mapped_stream(pages, 5000))):
+            self.write(bytes(start if data[start:start + 1] != b"Q" else 0) + data + b"not of it")
+            where = ["--offset", str(start)] if start else []
+            self.extract(*where, kind="stream")
+            self.assertEqual(self.result(), data[start:])
+            done = run("extract", self.file, *where, "--as", "stream", "-o", "-")
+            self.assertEqual(done.stdout, data[start:])
+
+    def test_raw(self):
+        pages = some_pages(500)
+        for machine in (b"pc-i440fx-7.2", b"pc-q35-10.0", b"microvm"):
+            self.write(legacy_stream(list(enumerate(pages)), 500, machine))
+            self.extract(kind="raw")
+            self.assertEqual(self.result(), memory(pages))
+            done = run("extract", self.file, "--as", "raw", "-o", "-")
+            self.assertEqual(done.stdout, memory(pages))
+
+    def test_ram_map(self):
+        pages = some_pages(500)
+        for data in (legacy_stream(list(enumerate(pages)), 500), mapped_stream(pages)):
+            self.write(data)
+            self.refused("machine type 'pc' is not known; say where in guest-physical memory its "
+                         "RAM lies with --ram-map", kind="raw")
+            self.extract("--ram-map", "m=0x5000,4096,8192", "--ram-map", "m=0x100000000", kind="raw")
+            self.assertEqual(os.stat(self.out).st_size, (4 << 30) + 500 * PAGE)
+            self.assertLess(os.stat(self.out).st_blocks * 512, 4 << 20)
+            with open(self.out, "rb") as file:
+                self.assertEqual(file.read(7 * PAGE), bytes(5 * PAGE) + memory(pages[2:3]) +
+                                 bytes(PAGE))
+                file.seek(4 << 30)
+                self.assertEqual(file.read(), memory(pages))
+            os.unlink(self.out)
+            self.refused("no RAM block 'x'", "--ram-map", "x=0", kind="raw")
+            self.refused("whole pages", "--ram-map", "m=1", kind="raw")
+            self.refused("whole pages", "--ram-map", "m=0,0x1000,0x200000", kind="raw")
+            self.refused("over each other", "--ram-map", "m=0", "--ram-map", "m=4096,4096",
+                         kind="raw")
+            self.refused("is not BLOCK=", "--ram-map", "m=0,", kind="raw", status=2)
+
     def test_json(self):
         self.write(mapped_stream(some_pages(9)))
         event = json.loads(self.extract("--format", "json").stdout)
@@ -173,8 +216,9 @@ class Extract(unittest.TestCase):
         self.refused("not a qcow2")
         self.write(legacy_stream([(0, b"x" * PAGE)], 2)[:-100])
         self.refused("")
-        done = run("extract", self.file, "--as", "raw", "m", "-o", self.out)
-        self.assertEqual(done.returncode, 2)
+        for words in (["raw", "m"], ["block"], ["nothing"]):
+            done = run("extract", self.file, "--as", *words, "-o", self.out)
+            self.assertEqual(done.returncode, 2)
 
     def test_never_replaces(self):
         self.write(mapped_stream(some_pages(3)))
