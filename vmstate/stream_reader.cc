@@ -226,9 +226,10 @@ class Reader {
     switch (static_cast<uint8_t>(ahead[at])) {
       case section_eof:
         return !need_description || description_bytes(ahead.subspan(at + 1)).has_value();
-      case section_start: {
+      case section_start:
+      case section_full: {
         const auto header = parse_section_header(ahead, at);
-        return header && header->type == section_start && header->idstr == "ram";
+        return header && header->idstr == "ram";
       }
       case section_part:
       case section_end:
