@@ -47,7 +47,9 @@ void add_choice(CLI::App &app, const std::string &option, T &target,
 }
 
 const std::map<std::string, ExtractKind> extract_kinds = {
-    {"block", ExtractKind::block}, {"raw", ExtractKind::raw}, {"stream", ExtractKind::stream}};
+    {"block", ExtractKind::block}, {"devices", ExtractKind::devices},
+    {"disk", ExtractKind::disk},   {"elf", ExtractKind::elf},
+    {"raw", ExtractKind::raw},     {"stream", ExtractKind::stream}};
 
 void set_kind(ExtractCommand &command, const std::vector<std::string> &words) {
   const auto kind = extract_kinds.find(words.at(0));
@@ -171,7 +173,7 @@ CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target) {
 
 void add_extract(CLI::App &app, ExtractCommand &command) {
   CLI::App *extract =
-      app.add_subcommand("extract", "Write the RAM of a snapshot or a migration file to a file");
+      app.add_subcommand("extract", "Write what a snapshot or a migration file holds to a file");
   extract->add_option("IMAGE", command.path, "A qcow2 image, or a migration file")
       ->required()
       ->type_name("");
@@ -181,11 +183,11 @@ void add_extract(CLI::App &app, ExtractCommand &command) {
   extract
       ->add_option_function<std::vector<std::string>>(
           "--as", [&command](const std::vector<std::string> &words) { set_kind(command, words); },
-          "What: the RAM block of this name, byte for byte; guest-physical memory (raw); the bytes "
-          "of the stream")
+          "What: the RAM block of this name, byte for byte; guest-physical memory (raw), or as a "
+          "core for gdb (elf); the bytes of the stream; devices as JSON; the snapshot's disk")
       ->expected(1, 2)
       ->required()
-      ->type_name("block BLOCK|raw|stream");
+      ->type_name("block BLOCK|devices|disk|elf|raw|stream");
   extract->add_option("-o,--output", command.output, "A new file, or - for standard output")
       ->required()
       ->type_name("OUT");
@@ -204,7 +206,7 @@ void add_extract(CLI::App &app, ExtractCommand &command) {
               command.ram_map.push_back(std::move(*place));
             }
           },
-          "For raw: where in guest-physical memory a RAM block lies, if the machine type "
+          "For raw and elf: where in guest-physical memory a RAM block lies, if the machine type "
           "does not tell; once for each piece")
       ->allow_extra_args(false)
       ->type_name("BLOCK=ADDRESS[,BYTES[,OFFSET]]");
@@ -217,8 +219,11 @@ void add_extract(CLI::App &app, ExtractCommand &command) {
   extract->add_flag("-q,--quiet", command.quiet, "No progress and no summary");
   extract->footer(
       "Examples:\n"
+      "  qvmstate extract disk.qcow2 nightly --as elf -o memory.core\n"
       "  qvmstate extract disk.qcow2 nightly --as raw -o memory.bin\n"
       "  qvmstate extract disk.qcow2 nightly --as block pc.ram -o ram.bin\n"
+      "  qvmstate extract disk.qcow2 nightly --as disk -o disk.raw\n"
+      "  qvmstate extract vm.mig --as devices -o -\n"
       "  qvmstate extract vm.mig --offset 4096 --as stream -o -");
 }
 

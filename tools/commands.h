@@ -61,7 +61,7 @@ int run_info(const ReadCommand &command);
 
 // On images that no VM is using, and on migration files (extract.cc).
 
-enum class ExtractKind { block, raw, stream };
+enum class ExtractKind { block, raw, elf, stream, devices, disk };
 
 struct ExtractCommand {
   std::string path;

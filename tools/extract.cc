@@ -1,4 +1,4 @@
-// extract: the contents of a VM state as a file.
+// extract: the contents of a snapshot or a VM state as a file.
 //
 // The file is written under a temporary name and appears when it is complete; zeros are holes.
 // To standard output everything is written, in order.
@@ -23,8 +23,14 @@ const char *kind_name(ExtractKind kind) {
       return "block";
     case ExtractKind::raw:
       return "raw";
+    case ExtractKind::elf:
+      return "elf";
     case ExtractKind::stream:
       return "stream";
+    case ExtractKind::devices:
+      return "devices";
+    case ExtractKind::disk:
+      return "disk";
   }
   return "";
 }
@@ -32,8 +38,13 @@ const char *kind_name(ExtractKind kind) {
 Result<Extracted> extract_from(const ExtractCommand &command, StateSource &state,
                                Advance &advance) {
   switch (command.kind) {
+    case ExtractKind::disk:
+      break;  // it is not in the state
+    case ExtractKind::devices:
+      return extract_devices(command, state, advance);
     case ExtractKind::block:
     case ExtractKind::raw:
+    case ExtractKind::elf:
       return extract_ram(command, state, advance);
     case ExtractKind::stream:
       return extract_stream(command, state, advance);
@@ -42,6 +53,9 @@ Result<Extracted> extract_from(const ExtractCommand &command, StateSource &state
 }
 
 Result<Extracted> extract(const ExtractCommand &command, Advance &advance) {
+  if (command.kind == ExtractKind::disk) {
+    return extract_disk(command, advance);
+  }
   QV_ASSIGN(StateSource state,
             StateSource::open({command.path, command.name, command.offset, command.force_share}));
   auto extracted = extract_from(command, state, advance);

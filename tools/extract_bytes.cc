@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "tools/disk_source.h"
 #include "tools/extract_parts.h"
 #include "tools/sparse_output.h"
 #include "tools/stdout_writer.h"
@@ -48,6 +49,28 @@ Result<Extracted> copy(vmstate::StreamSource &source, StreamOffset start, uint64
   return extracted;
 }
 
+/// To the file or standard output.
+Result<Extracted> copy_out(const ExtractCommand &command, vmstate::StreamSource &source,
+                           StreamOffset start, uint64_t bytes, Advance &advance) {
+  advance.expect(bytes);
+  if (command.output == "-") {
+    StdoutWriter out;
+    QV_ASSIGN(const Extracted extracted,
+              copy(source, start, bytes, advance,
+                   [&](uint64_t at, auto data) { return out.write(at, data); }));
+    QV_TRY(out.fill_up_to(bytes));
+    return extracted;
+  }
+  QV_ASSIGN(const auto output, SparseOutput::create(command.output, bytes));
+  QV_ASSIGN(const auto writer, SparseWriter::create(*output, open_options(command), write_buffers));
+  QV_ASSIGN(const Extracted extracted,
+            copy(source, start, bytes, advance,
+                 [&](uint64_t at, auto data) { return writer->write(at, data); }));
+  QV_TRY(writer->finish());
+  QV_TRY(output->finish());
+  return extracted;
+}
+
 }  // namespace
 
 Result<Extracted> extract_stream(const ExtractCommand &command, StateSource &state,
@@ -57,25 +80,17 @@ Result<Extracted> extract_stream(const ExtractCommand &command, StateSource &sta
     QV_ASSIGN(const auto source, read_ahead(command, state));
     QV_ASSIGN(stream, vmstate::read_stream(*source, {}, state.start()));
   }
-  advance.expect(stream.stream_bytes);
   QV_ASSIGN(const auto source, read_ahead(command, state));
-  Extracted extracted;
-  if (command.output == "-") {
-    StdoutWriter out;
-    QV_ASSIGN(extracted, copy(*source, state.start(), stream.stream_bytes, advance,
-                              [&](uint64_t at, auto data) { return out.write(at, data); }));
-    QV_TRY(out.fill_up_to(stream.stream_bytes));
-  } else {
-    QV_ASSIGN(const auto output, SparseOutput::create(command.output, stream.stream_bytes));
-    QV_ASSIGN(const auto writer,
-              SparseWriter::create(*output, open_options(command), write_buffers));
-    QV_ASSIGN(extracted, copy(*source, state.start(), stream.stream_bytes, advance,
-                              [&](uint64_t at, auto data) { return writer->write(at, data); }));
-    QV_TRY(writer->finish());
-    QV_TRY(output->finish());
-  }
+  QV_ASSIGN(Extracted extracted,
+            copy_out(command, *source, state.start(), stream.stream_bytes, advance));
   extracted.layout = vmstate::layout_name(stream.layout);
   return extracted;
+}
+
+Result<Extracted> extract_disk(const ExtractCommand &command, Advance &advance) {
+  QV_ASSIGN(const auto source,
+            DiskSource::open({command.path, command.name, command.offset, command.force_share}));
+  return copy_out(command, *source, StreamOffset(0), source->bytes_max(), advance);
 }
 
 }  // namespace qvmstate::tools

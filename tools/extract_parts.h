@@ -50,5 +50,10 @@ Result<Extracted> extract_ram(const ExtractCommand &command, StateSource &state,
 /// The bytes of the stream itself.
 Result<Extracted> extract_stream(const ExtractCommand &command, StateSource &state,
                                  Advance &advance);
+/// The device sections as JSON.
+Result<Extracted> extract_devices(const ExtractCommand &command, StateSource &state,
+                                  Advance &advance);
+/// The disk of the snapshot, which need not have a VM state.
+Result<Extracted> extract_disk(const ExtractCommand &command, Advance &advance);
 
 }  // namespace qvmstate::tools

@@ -11,6 +11,8 @@
 #include "tools/extract_parts.h"
 #include "tools/sparse_output.h"
 #include "tools/stdout_writer.h"
+#include "vmstate/cpu_state.h"
+#include "vmstate/elf_core.h"
 #include "vmstate/mapped_ram_reader.h"
 #include "vmstate/ram_map.h"
 #include "vmstate/read_ahead_source.h"
@@ -21,7 +23,7 @@ namespace qvmstate::tools {
 namespace {
 
 // Of all channels together; each has two at least.
-constexpr size_t write_buffers_total = 32;
+constexpr size_t write_buffers_total = 16;
 constexpr size_t write_buffers_max = 8;
 
 /// A part of a block and where it goes.
@@ -106,17 +108,19 @@ class Extraction {
   /// a mapped-ram stream the whole, which reads no RAM and tells of damage before anything is
   /// written.
   Result<void> read_head() {
+    // Of an ELF core the head comes first and needs what a stream tells last.
+    const bool needs_whole = command_.kind == ExtractKind::elf && command_.output == "-";
     bool is_legacy = false;
     auto whole = vmstate::read_stream(state_.stream(), {}, state_.start(),
                                       [&](const vmstate::StreamSummary &so_far) -> Result<void> {
                                         is_legacy = so_far.layout == vmstate::Layout::legacy;
-                                        if (is_legacy) {
+                                        if (is_legacy && !needs_whole) {
                                           stream_ = so_far;
                                           return fail(ErrorCode::cancelled, "seen enough");
                                         }
                                         return {};
                                       });
-    if (is_legacy) {
+    if (is_legacy && !needs_whole) {
       return {};
     }
     QV_ASSIGN(stream_, std::move(whole));
@@ -129,30 +133,59 @@ class Extraction {
       plan_.add(block, {0, stream_.blocks[block].used_bytes, 0});
       return {};
     }
-    QV_ASSIGN(const std::vector<vmstate::RamPiece> pieces,
-              command_.ram_map.empty() ? vmstate::ram_of_machine(stream_)
-                                       : vmstate::ram_of_places(stream_, command_.ram_map));
-    for (const vmstate::RamPiece &piece : pieces) {
-      plan_.add(piece.block, {piece.block_offset, piece.bytes, piece.address});
+    QV_ASSIGN(pieces_, command_.ram_map.empty()
+                           ? vmstate::ram_of_machine(stream_)
+                           : vmstate::ram_of_places(stream_, command_.ram_map));
+    uint64_t core_offset = vmstate::elf_head_bytes;
+    for (const vmstate::RamPiece &piece : pieces_) {
+      plan_.add(piece.block, {piece.block_offset, piece.bytes,
+                              command_.kind == ExtractKind::elf ? core_offset : piece.address});
+      core_offset += piece.bytes;
     }
     return {};
   }
 
+  /// Once the whole stream is known. Nothing for other kinds.
+  Result<std::vector<std::byte>> head() {
+    if (command_.kind != ExtractKind::elf) {
+      return std::vector<std::byte>();
+    }
+    QV_ASSIGN(const std::vector<vmstate::CpuState> cpus,
+              vmstate::read_cpus(state_.stream(), stream_));
+    return vmstate::format_elf_head(pieces_, cpus);
+  }
+
   Result<void> to_stdout() {
     StdoutWriter out;
+    QV_ASSIGN(const std::vector<std::byte> head, this->head());
+    QV_TRY(out.write(0, head));
     if (is_mapped()) {
+      QV_TRY(check_all_there());
       QV_TRY(mapped_in_order(out));
     } else {
-      QV_TRY(legacy([&](uint64_t at, std::span<const std::byte> data, uint64_t) {
-        return data.empty() ? Result<void>() : out.write(at, data);
-      }));
+      QV_TRY(legacy([&](uint64_t at, std::span<const std::byte> data,
+                        uint64_t) { return data.empty() ? Result<void>() : out.write(at, data); },
+                    [](uint64_t, std::span<std::byte>) -> Result<void> {
+                      return fail(
+                          ErrorCode::not_supported,
+                          "a page comes as its difference to an earlier one (XBZRLE), and standard "
+                          "output cannot be read back: extract to a file with -o FILE");
+                    }));
     }
     return out.fill_up_to(plan_.output_bytes());
   }
 
   Result<void> to_file() {
+    if (is_mapped()) {
+      QV_TRY(check_all_there());
+    }
     QV_ASSIGN(const auto output, SparseOutput::create(command_.output, plan_.output_bytes()));
     QV_TRY(is_mapped() ? mapped_to_file(*output) : legacy_to_file(*output));
+    QV_ASSIGN(const std::vector<std::byte> head, this->head());
+    QV_ASSIGN(const auto writer,
+              SparseWriter::create(*output, open_options(command_), io::buffer_count_min));
+    QV_TRY(writer->write(0, head));
+    QV_TRY(writer->finish());
     return output->finish();
   }
 
@@ -197,9 +230,10 @@ class Extraction {
     return {};
   }
 
-  /// Gives every page record that is wanted to `put(output offset, data or empty, bytes)`.
-  template <class Put>
-  Result<void> legacy(const Put &put) {
+  /// Gives every page record that is wanted to `put(output offset, data or empty, bytes)`, and asks
+  /// `get(output offset, bytes)` for what was put.
+  template <class Put, class Get>
+  Result<void> legacy(const Put &put, const Get &get) {
     const auto hook = [&](size_t block, uint64_t offset, uint64_t page_bytes,
                           std::span<const std::byte> data) -> Result<void> {
       QV_TRY(plan_.for_range(
@@ -214,18 +248,38 @@ class Extraction {
       }
       return {};
     };
+    const auto page_now = [&](size_t block, uint64_t offset, std::span<std::byte> to) {
+      return plan_.for_range(block, offset, to.size(),
+                             [&](uint64_t at, uint64_t in_page, uint64_t bytes) {
+                               return get(at, to.subspan(in_page, bytes));
+                             });
+    };
     QV_ASSIGN(auto source, state_.reopen(open_options(command_)));
     QV_ASSIGN(const auto ahead, vmstate::ReadAheadSource::create(std::move(source)));
-    QV_TRY(vmstate::read_stream(*ahead, hook, state_.start()));
+    QV_ASSIGN(stream_, vmstate::read_stream(*ahead, state_.start(), {hook, {}, page_now}));
+    return check_all_there();
+  }
+
+  Result<void> check_all_there() const {
+    for (const size_t block : plan_.blocks()) {
+      if (vmstate::is_left_out(stream_, block)) {
+        return fail(
+            ErrorCode::not_found,
+            "RAM block '" + stream_.blocks[block].idstr +
+                "' was left out (x-ignore-shared): it is in the file of its memory backend");
+      }
+    }
     return {};
   }
 
   Result<void> legacy_to_file(const SparseOutput &output) {
     QV_ASSIGN(const auto writer,
               SparseWriter::create(output, open_options(command_), write_buffers_max));
-    QV_TRY(legacy([&](uint64_t at, std::span<const std::byte> data, uint64_t bytes) {
-      return data.empty() ? writer->zero(at, bytes) : writer->write(at, data);
-    }));
+    QV_TRY(legacy(
+        [&](uint64_t at, std::span<const std::byte> data, uint64_t bytes) {
+          return data.empty() ? writer->zero(at, bytes) : writer->write(at, data);
+        },
+        [&](uint64_t at, std::span<std::byte> to) { return writer->read_back(at, to); }));
     return writer->finish();
   }
 
@@ -279,6 +333,7 @@ class Extraction {
   StateSource &state_;
   Advance &advance_;
   vmstate::StreamSummary stream_;
+  std::vector<vmstate::RamPiece> pieces_;  ///< of raw and elf
   Plan plan_;
   Extracted extracted_;
   uint64_t done_bytes_ = 0;

@@ -149,6 +149,15 @@ uint64_t SparseWriter::gap_before(uint64_t offset) const {
   return fits ? offset - end : 0;
 }
 
+Result<void> SparseWriter::read_back(uint64_t offset, std::span<std::byte> to) {
+  if (offset >= written_end_) {
+    std::ranges::fill(to, std::byte{0});
+    return {};
+  }
+  QV_TRY(finish());
+  return file_->read_or_zero_at(to, HostOffset(offset));
+}
+
 Result<void> SparseWriter::zero(uint64_t offset, uint64_t bytes) {
   if (offset >= written_end_) {
     return {};

@@ -56,6 +56,8 @@ class SparseWriter {
   Result<void> write(uint64_t offset, std::span<const std::byte> data);
   /// The next write() does not fill the gap before it: somebody else writes there.
   void leave_gap() { may_fill_gap_ = false; }
+  /// What was written there so far; zeros where nothing was. Waits for what is being written.
+  Result<void> read_back(uint64_t offset, std::span<std::byte> to);
   /// Makes a range zeros again, if any of it was written.
   Result<void> zero(uint64_t offset, uint64_t bytes);
   /// Waits until everything is written.

@@ -187,6 +187,113 @@ class Extract(unittest.TestCase):
                          kind="raw")
             self.refused("is not BLOCK=", "--ram-map", "m=0,", kind="raw", status=2)
 
+    # The disk, against qemu-img.
+
+    def img(self, *words):
+        return subprocess.run(["qemu-img", *words], check=True, timeout=60, cwd=self.folder.name,
+                              capture_output=True)
+
+    def pattern(self, image, *commands):
+        words = [word for command in commands for word in ("-c", command)]
+        subprocess.run(["qemu-io", "-f", "qcow2", *words, self.path(image)], check=True, timeout=60,
+                       capture_output=True, cwd=self.folder.name)
+
+    def assert_disk(self, image, name):
+        """As qemu-img and, to standard output, as a file."""
+        self.img("convert", "-f", "qcow2", "-O", "raw", "-l", f"snapshot.name={name}", image,
+                 "expected")
+        with open(self.path("expected"), "rb") as file:
+            expected = file.read()
+        done = run("extract", self.path(image), name, "--as", "disk", "-o", self.out)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.result() == expected, True)
+        done = run("extract", self.path(image), name, "--as", "disk", "-o", "-")
+        self.assertEqual(done.stdout == expected, True)
+        return expected
+
+    def test_disk(self):
+        for options in ("compat=0.10", "cluster_size=512", "cluster_size=2M", "refcount_bits=1",
+                        "extended_l2=on,cluster_size=16k"):
+            with self.subTest(options=options):
+                self.img("create", "-q", "-f", "qcow2", "-o", options, "d.qcow2", "5M")
+                self.pattern("d.qcow2", "write -P 1 0 100k", "write -P 2 3M 5k")
+                if options == "refcount_bits=1":  # has room for no snapshot of data
+                    continue
+                self.img("snapshot", "-c", "first", "d.qcow2")
+                self.pattern("d.qcow2", "write -P 3 50k 100k", "write -z 3M 64k")
+                self.img("snapshot", "-c", "second", "d.qcow2")
+                self.pattern("d.qcow2", "write -P 4 0 5M")
+                first = self.assert_disk("d.qcow2", "first")
+                second = self.assert_disk("d.qcow2", "second")
+                self.assertNotEqual(first, second)
+                self.assertEqual(first[:100], b"\x01" * 100)
+
+    def test_disk_over_backing_files(self):
+        with open(self.path("base.raw"), "wb") as file:
+            file.write(bytes(range(1, 251)) * 4096 + b"end")  # ends within a sector
+        os.truncate(self.path("base.raw"), 1024512)
+        self.img("convert", "-q", "-f", "raw", "-O", "qcow2", "-c", "-o", "cluster_size=4k",
+                 "base.raw", "packed.qcow2")
+        for backing, form in (("base.raw", "raw"), ("packed.qcow2", "qcow2")):
+            with self.subTest(backing=backing):
+                self.img("create", "-q", "-f", "qcow2", "-b", backing, "-F", form, "-o",
+                         "cluster_size=4k", "mid.qcow2", "700k")  # shorter than what is below
+                self.pattern("mid.qcow2", "write -P 7 100k 9k", "write -z 300k 20k")
+                self.img("create", "-q", "-f", "qcow2", "-b", self.path("mid.qcow2"), "-F", "qcow2",
+                         "top.qcow2", "2M")  # and longer
+                self.pattern("top.qcow2", "write -P 8 600k 3k")
+                self.img("snapshot", "-c", "s", "top.qcow2")
+                self.pattern("top.qcow2", "write -P 9 0 2M")
+                expected = self.assert_disk("top.qcow2", "s")
+                self.assertEqual(expected[:250], bytes(range(1, 251)))
+
+    def test_disk_that_cannot_be_read(self):
+        def refused(image, name, *words):
+            done = run("extract", self.path(image), name, "--as", "disk", "-o", self.out)
+            self.assertEqual(done.returncode, 1)
+            for word in words:
+                self.assertIn(word, done.stderr.decode())
+            self.assertFalse(os.path.exists(self.out))
+
+        self.img("create", "-q", "-f", "qcow2", "d.qcow2", "1M")
+        self.img("snapshot", "-c", "s", "d.qcow2")
+        refused("d.qcow2", "t", "no snapshot named 't'")
+        with open(self.path("b.raw"), "wb") as file:
+            file.write(bytes(range(256)) * 4096)
+        self.img("convert", "-q", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd",
+                 "b.raw", "z.qcow2")
+        self.img("snapshot", "-c", "s", "z.qcow2")
+        refused("z.qcow2", "s", "zstd", "qemu-img convert")
+        self.img("create", "-q", "-f", "qcow2", "-b", "b.raw", "-F", "raw", "o.qcow2", "1M")
+        self.img("snapshot", "-c", "s", "o.qcow2")
+        os.unlink(self.path("b.raw"))
+        refused("o.qcow2", "s", "b.raw")
+        for name, word in (("nbd:localhost:1", "not a plain file"), ("o.qcow2", "more than")):
+            self.img("rebase", "-u", "-f", "qcow2", "-b", name, "-F",
+                     "raw" if name.startswith("nbd") else "qcow2", "o.qcow2")
+            refused("o.qcow2", "s", word)
+
+    def test_devices(self):
+        data = legacy_stream(list(enumerate(some_pages(9))), 9)[:-1]
+        for number, body in ((7, b"abc"), (8, b"\0" * (5 << 20))):
+            data += b"\x04" + struct.pack(">I", number) + counted(b"dev%d" % number)
+            data += struct.pack(">II", 0, 3) + body + b"\x7e" + struct.pack(">I", number)
+        about = {"page_size": PAGE, "devices": [
+            {"name": "dev7", "instance_id": 0, "vmsd_name": "d", "version": 3,
+             "fields": [{"name": "x", "type": "uint8", "size": 1},
+                        {"name": "rest", "type": "buffer", "size": 2}]}]}
+        text = json.dumps(about).encode()
+        self.write(data + b"\x00\x06" + struct.pack(">I", len(text)) + text)
+        self.extract(kind="devices")
+        found = json.loads(self.result())
+        self.assertEqual(found["machine-type"], "pc")
+        self.assertEqual(found["devices"], [
+            {"name": "dev7", "instance": 0, "version": 3, "size": 3,
+             "fields": {"x": 97, "rest": "6263"}},
+            {"name": "dev8", "instance": 0, "version": 3, "size": 5 << 20, "raw": "00" * (5 << 20)}])
+        done = run("extract", self.file, "--as", "devices", "-o", "-")
+        self.assertEqual(json.loads(done.stdout), found)
+
     def test_json(self):
         self.write(mapped_stream(some_pages(9)))
         event = json.loads(self.extract("--format", "json").stdout)

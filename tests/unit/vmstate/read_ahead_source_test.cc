@@ -54,14 +54,14 @@ class Mixed : public StreamSource {
 };
 
 TEST(ReadAhead, AnyOrderOfReadsGivesTheBytesOfTheSource) {
-  const uint64_t bytes = 12 * mib + 12345;
+  const uint64_t bytes = 9 * mib + 12345;
   auto owned = std::make_unique<Mixed>(bytes);
   const std::vector<std::byte> stream = owned->stream();
   const auto ahead = ReadAheadSource::create(std::move(owned));
   ASSERT_TRUE(ahead);
   std::mt19937_64 random(1);
   uint64_t offset = 0;
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 150; ++i) {
     if (i % 10 == 0) {
       offset = random() % bytes;
     }
