@@ -187,6 +187,35 @@ class Extract(unittest.TestCase):
                          kind="raw")
             self.refused("is not BLOCK=", "--ram-map", "m=0,", kind="raw", status=2)
 
+    def test_pages_as_differences(self):
+        # XBZRLE: keep 2 bytes, replace 3; then keep none, replace 1.
+        delta = [b"\x02\x03abc", b"\x00\x01A"]
+        records = b"".join(struct.pack(">QBH", 3 * PAGE | 0x60, 1, len(one)) + one for one in delta)
+        text = legacy_stream(list(enumerate(some_pages(9)))[:4], 9)[:-len(END)] + records
+        later = struct.pack(">Q", 6 * PAGE | 0x28) + b"l" * PAGE  # a page not sent before
+        self.write(text + later + END)
+        self.extract()
+        page = bytearray(some_pages(9)[3])
+        page[:5] = b"A" + page[1:2] + b"abc"
+        self.assertEqual(self.result(), memory([*some_pages(9)[:3], bytes(page), None, None,
+                                                b"l" * PAGE, None, None]))
+        done = run("extract", self.file, "--as", "block", "m", "-o", "-")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"-o FILE", done.stderr)
+        stream = json.loads(run("info", self.file, "--format", "json").stdout)["stream"]
+        self.assertEqual(stream["xbzrle-pages"], 2)
+        self.assertIn(b"2 as differences", run("info", self.file).stdout)
+
+    def test_memory_that_is_left_out(self):
+        text = head([b"x-ignore-shared"]) + struct.pack(">Q", 2 * PAGE | 4)
+        for name in (b"m", b"shm"):
+            text += counted(name) + struct.pack(">QQ", PAGE, 0)
+        text += struct.pack(">Q", 8) + counted(b"m") + b"x" * PAGE + END
+        self.write(text)
+        self.extract()
+        self.assertEqual(self.result(), b"x" * PAGE)
+        self.refused("left out (x-ignore-shared)", block="shm")
+
     # The disk, against qemu-img.
 
     def img(self, *words):

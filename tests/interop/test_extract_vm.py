@@ -1,6 +1,7 @@
 """What `extract` makes of the state of a real guest, compared with what QEMU itself says of the same
 stopped guest: pmemsave, dump-guest-memory, info registers."""
 
+import json
 import os
 import re
 import shutil
@@ -71,6 +72,15 @@ class ExtractOfGuests(BedTest):
         self.assertEqual(core.notes, expected)
         self.assertEqual([kind for _, kind, _ in core.notes].count(NT_PRSTATUS), 2)
 
+    def assert_devices(self, guest, state):
+        """Decoded as far as the program counters, which QEMU prints too."""
+        with open(self.extract(*state, "--as", "devices"), encoding="utf-8") as file:
+            devices = json.load(file)["devices"]
+        name = "env.eip" if guest.machine.arch == "x86_64" else "env.pc"
+        found = [device["fields"][name] for device in devices if device["name"] == "cpu"]
+        said = re.findall(r"\b(?:RIP|PC)=([0-9a-f]+)", guest.registers())
+        self.assertEqual(found, [int(digits, 16) for digits in said])
+
     def states(self, guest, expected_layouts):
         """The arguments that name each of the snapshots made here."""
         path = guest.disks[0].path
@@ -110,6 +120,7 @@ class ExtractOfGuests(BedTest):
                                            f"elf at {address:#x}")
                     self.assert_same_bytes(dump.read(address, len(expected)), expected, "QEMU's own")
                 self.assert_notes_of_qemu(dump, core)
+                self.assert_devices(guest, state)
         guest.cont()
         self.assert_seed(guest, 7)
 
