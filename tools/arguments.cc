@@ -47,6 +47,34 @@ void add_choice(CLI::App &app, const std::string &option, T &target,
       });
 }
 
+const std::map<std::string, ExtractKind> extract_kinds = {
+    {"block", ExtractKind::block}, {"devices", ExtractKind::devices},
+    {"disk", ExtractKind::disk},   {"elf", ExtractKind::elf},
+    {"raw", ExtractKind::raw},     {"stream", ExtractKind::stream}};
+
+void set_kind(ExtractCommand &command, const std::vector<std::string> &words) {
+  const auto kind = extract_kinds.find(words.at(0));
+  if (kind == extract_kinds.end()) {
+    std::string known;
+    for (const auto &[word, value] : extract_kinds) {
+      known += (known.empty() ? "" : ", ") + word;
+    }
+    throw CLI::ValidationError("--as: '" + words[0] + "' is not one of " + known);
+  }
+  command.kind = kind->second;
+  const bool takes_block = command.kind == ExtractKind::block;
+  if (takes_block && words.size() < 2) {
+    throw CLI::ValidationError("--as block: takes the name of a RAM block");
+  }
+  if (!takes_block && words.size() > 1) {
+    throw CLI::ValidationError("--as " + words[0] + ": takes no '" + words[1] +
+                               "'; IMAGE and NAME come before --as");
+  }
+  if (takes_block) {
+    command.block = words[1];
+  }
+}
+
 void add_target(CLI::App &save, qemu::SaveOptions &options) {
   save.add_option("--to", options.to,
                   "Instead of a snapshot: file:PATH (replaced as a whole), file:PATH,offset=N "
@@ -162,7 +190,7 @@ CLI::Option *add_offset(CLI::App &app, std::optional<uint64_t> &target) {
 
 void add_extract(CLI::App &app, ExtractCommand &command) {
   CLI::App *extract =
-      app.add_subcommand("extract", "Write the RAM of a snapshot or a migration file to a file");
+      app.add_subcommand("extract", "Write what a snapshot or a migration file holds to a file");
   extract->add_option("IMAGE", command.path, "A qcow2 image, or a migration file")
       ->required()
       ->type_name("");
@@ -171,33 +199,49 @@ void add_extract(CLI::App &app, ExtractCommand &command) {
   add_offset(*extract, command.offset)->excludes(name);
   extract
       ->add_option_function<std::vector<std::string>>(
-          "--as",
-          [&command](const std::vector<std::string> &words) {
-            if (words.at(0) != "block") {
-              throw CLI::ValidationError("--as: '" + words.at(0) + "' is not one of block");
-            }
-            command.block = words.at(1);
-          },
-          "What: the RAM block of this name, byte for byte")
-      ->expected(2)
+          "--as", [&command](const std::vector<std::string> &words) { set_kind(command, words); },
+          "What: the RAM block of this name, byte for byte; guest-physical memory (raw), or as a "
+          "core for gdb (elf); the bytes of the stream; devices as JSON; the snapshot's disk")
+      ->expected(1, 2)
       ->required()
-      ->type_name("block BLOCK");
+      ->type_name("block BLOCK|devices|disk|elf|raw|stream");
   extract->add_option("-o,--output", command.output, "A new file, or - for standard output")
       ->required()
       ->type_name("OUT");
   extract->add_option("--channels", command.channels, "Threads that read a mapped-ram state")
       ->check(CLI::Range(1U, vmstate::mapped_channels_max))
       ->type_name("N");
+  extract
+      ->add_option_function<std::vector<std::string>>(
+          "--ram-map",
+          [&command](const std::vector<std::string> &words) {
+            for (const std::string &word : words) {
+              Result<vmstate::RamPlace> place = vmstate::parse_ram_place(word);
+              if (!place) {
+                throw CLI::ValidationError(place.error().message);
+              }
+              command.ram_map.push_back(std::move(*place));
+            }
+          },
+          "For raw and elf: where in guest-physical memory a RAM block lies, if the machine type "
+          "does not tell; once for each piece")
+      ->allow_extra_args(false)
+      ->type_name("BLOCK=ADDRESS[,BYTES[,OFFSET]]");
   add_choice(*extract, "--direct", command.direct, direct_modes,
              "Bypass the page cache (O_DIRECT)");
   add_choice(*extract, "--engine", command.engine, engines, "What does the file I/O");
   extract->add_flag("-U,--force-share", command.force_share,
                     "Read without locks while a VM uses the image; what is read may be torn");
   add_format(*extract, command.format);
+  extract->add_flag("-q,--quiet", command.quiet, "No progress and no summary");
   extract->footer(
       "Examples:\n"
+      "  qvmstate extract disk.qcow2 nightly --as elf -o memory.core\n"
+      "  qvmstate extract disk.qcow2 nightly --as raw -o memory.bin\n"
       "  qvmstate extract disk.qcow2 nightly --as block pc.ram -o ram.bin\n"
-      "  qvmstate extract vm.mig --offset 4096 --as block pc.ram -o ram.bin");
+      "  qvmstate extract disk.qcow2 nightly --as disk -o disk.raw\n"
+      "  qvmstate extract vm.mig --as devices -o -\n"
+      "  qvmstate extract vm.mig --offset 4096 --as stream -o -");
 }
 
 void add_check(CLI::App &app, CheckCommand &command) {

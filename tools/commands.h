@@ -9,6 +9,7 @@
 #include "plugin/qemu/operations.h"
 #include "qcow2/io/file.h"
 #include "tools/output.h"
+#include "vmstate/ram_map.h"
 #include "vmstate/stream_reader.h"
 
 namespace qvmstate::tools {
@@ -126,19 +127,21 @@ int run_diff(const DiffCommand &command);
 
 // On images that no VM is using, and on migration files (extract.cc).
 
-enum class ExtractKind { block };
+enum class ExtractKind { block, raw, elf, stream, devices, disk };
 
 struct ExtractCommand {
   std::string path;
   std::string name;                ///< of the snapshot; empty: `path` is a migration file
   std::optional<uint64_t> offset;  ///< of the stream in it
   ExtractKind kind = ExtractKind::block;
-  std::string block;   ///< name of the RAM block
+  std::string block;  ///< name of the RAM block
+  std::vector<vmstate::RamPlace> ram_map;
   std::string output;  ///< a new file, or "-"
   unsigned channels = 4;
   io::DirectMode direct = io::DirectMode::automatic;
   io::Engine engine = io::Engine::automatic;
   bool force_share = false;
+  bool quiet = false;
   Format format = Format::human;
 };
 int run_extract(const ExtractCommand &command);

@@ -118,8 +118,15 @@ std::string stream_text(const vmstate::StreamSummary &stream) {
   if (!stream.capabilities.empty()) {
     text += printable(fmt::format("capabilities: {}", fmt::join(stream.capabilities, ", "))) + "\n";
   }
-  text += fmt::format("pages of {}: {} with data, {} zero\nRAM blocks:\n",
-                      format_size(stream.page_bytes), stream.data_pages, stream.zero_pages);
+  text += fmt::format("pages of {}: {} with data, {} zero", format_size(stream.page_bytes),
+                      stream.data_pages, stream.zero_pages);
+  if (stream.compressed_pages > 0) {
+    text += fmt::format(", {} compressed", stream.compressed_pages);
+  }
+  if (stream.xbzrle_pages > 0) {
+    text += fmt::format(", {} as differences (XBZRLE)", stream.xbzrle_pages);
+  }
+  text += "\nRAM blocks:\n";
   for (const vmstate::StreamBlock &block : stream.blocks) {
     text += fmt::format("  {:<32} {:>10}\n", printable(block.idstr), format_size(block.used_bytes));
   }
@@ -150,6 +157,8 @@ Json stream_json(const vmstate::StreamSummary &stream) {
                {"page-size", stream.page_bytes},
                {"data-pages", stream.data_pages},
                {"zero-pages", stream.zero_pages},
+               {"compressed-pages", stream.compressed_pages},
+               {"xbzrle-pages", stream.xbzrle_pages},
                {"ram-blocks", std::move(blocks)},
                {"devices", std::move(devices)}};
   if (stream.target_page_bits) {
@@ -182,6 +191,33 @@ int file_info(const ReadCommand &command) {
                             stream_text(*stream));
 }
 
+/// What the VM state takes in the file; clusters that it shares with other snapshots count too.
+Result<uint64_t> vmstate_bytes_on_disk(const qcow2::Image &image, const qcow2::Snapshot &snapshot) {
+  qcow2::VmstateReader reader(image, snapshot);
+  const uint64_t cluster_bytes = image.geometry().cluster_bytes();
+  uint64_t bytes = 0;
+  for (uint64_t at = 0; at < reader.mapped_bytes();) {
+    QV_ASSIGN(const qcow2::ClusterReader::Run run,
+              reader.run_at(StreamOffset(at), reader.mapped_bytes() - at));
+    switch (run.kind) {
+      case qcow2::ClusterKind::data:
+      case qcow2::ClusterKind::zero_allocated:
+        bytes += run.bytes;
+        break;
+      case qcow2::ClusterKind::compressed:
+        bytes += run.bytes == cluster_bytes
+                     ? qcow2::compressed_range(run.entry, image.geometry()).bytes
+                     : 0;
+        break;
+      case qcow2::ClusterKind::unallocated:
+      case qcow2::ClusterKind::zero:
+        break;
+    }
+    at += run.bytes;
+  }
+  return bytes;
+}
+
 int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Format format) {
   if (snapshot.vmstate_bytes == 0) {
     if (format == Format::json) {
@@ -191,7 +227,9 @@ int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Fo
                               fmt::format("disk size: {}\nno VM state: disk only\n",
                                           size_and_bytes(snapshot.disk_bytes)));
   }
+  uint64_t on_disk_bytes = 0;
   const auto stream = [&]() -> Result<vmstate::StreamSummary> {
+    QV_ASSIGN(on_disk_bytes, vmstate_bytes_on_disk(image, snapshot));
     QV_ASSIGN(const auto source, vmstate::SnapshotSource::create(image, snapshot));
     return vmstate::read_stream(*source);
   }();
@@ -203,12 +241,15 @@ int snapshot_info(const qcow2::Image &image, const qcow2::Snapshot &snapshot, Fo
   }
   if (format == Format::json) {
     Json json = snapshot_json(snapshot);
+    json["vm-state-size-on-disk"] = on_disk_bytes;
     json["stream"] = stream_json(*stream);
     return finish("info", to_line(json));
   }
-  return finish("info", format_snapshot_list({&snapshot, 1}) +
-                            fmt::format("disk size: {}\n", size_and_bytes(snapshot.disk_bytes)) +
-                            stream_text(*stream));
+  return finish(
+      "info", format_snapshot_list({&snapshot, 1}) +
+                  fmt::format("disk size: {}\nVM state on disk: {}\n",
+                              size_and_bytes(snapshot.disk_bytes), size_and_bytes(on_disk_bytes)) +
+                  stream_text(*stream));
 }
 
 /// Two names of one file would look like a lock held by somebody else.

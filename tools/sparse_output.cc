@@ -106,6 +106,7 @@ Result<void> SparseWriter::write(uint64_t offset, std::span<const std::byte> dat
     std::memset(current_->data + current_->used, 0, gap);
     current_->used += gap;
   }
+  may_fill_gap_ = true;
   while (!data.empty()) {
     if (current_ != nullptr &&
         (current_->used == current_->capacity || current_offset_ + current_->used != offset)) {
@@ -142,9 +143,19 @@ uint64_t SparseWriter::gap_before(uint64_t offset) const {
     return 0;
   }
   const uint64_t end = current_offset_ + current_->used;
-  const bool fits = end == written_end_ && offset > end && offset - end <= gap_bytes_max &&
+  const bool fits = may_fill_gap_ && end == written_end_ && offset > end &&
+                    offset - end <= gap_bytes_max &&
                     offset - end < current_->capacity - current_->used;
   return fits ? offset - end : 0;
+}
+
+Result<void> SparseWriter::read_back(uint64_t offset, std::span<std::byte> to) {
+  if (offset >= written_end_) {
+    std::ranges::fill(to, std::byte{0});
+    return {};
+  }
+  QV_TRY(finish());
+  return file_->read_or_zero_at(to, HostOffset(offset));
 }
 
 Result<void> SparseWriter::zero(uint64_t offset, uint64_t bytes) {

@@ -41,8 +41,8 @@ class SparseOutput {
 
 /// Writes to a SparseOutput asynchronously, bytes that follow one another in one transfer.
 ///
-/// Threads: one at a time. Several writers may write to the same output, in ranges that lie further
-/// apart than 32 KiB or follow one another without a gap: short gaps are written as zeros.
+/// Threads: one at a time. Several writers may write to the same output; short gaps are written as
+/// zeros, unless leave_gap() says that they belong to another one.
 class SparseWriter {
  public:
   static Result<std::unique_ptr<SparseWriter>> create(const SparseOutput &output,
@@ -54,6 +54,10 @@ class SparseWriter {
 
   /// Takes a copy. A later write of the same place wins.
   Result<void> write(uint64_t offset, std::span<const std::byte> data);
+  /// The next write() does not fill the gap before it: somebody else writes there.
+  void leave_gap() { may_fill_gap_ = false; }
+  /// What was written there so far; zeros where nothing was. Waits for what is being written.
+  Result<void> read_back(uint64_t offset, std::span<std::byte> to);
   /// Makes a range zeros again, if any of it was written.
   Result<void> zero(uint64_t offset, uint64_t bytes);
   /// Waits until everything is written.
@@ -71,6 +75,7 @@ class SparseWriter {
   io::Buffer *current_ = nullptr;
   uint64_t current_offset_ = 0;
   uint64_t written_end_ = 0;  ///< nothing was written from here on
+  bool may_fill_gap_ = true;
 };
 
 }  // namespace qvmstate::tools

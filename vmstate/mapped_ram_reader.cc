@@ -12,7 +12,6 @@
 #include <system_error>
 #include <thread>
 #include <utility>
-#include <vector>
 
 #include "qcow2/io/file.h"
 #include "qcow2/io/signals.h"
@@ -44,9 +43,9 @@ struct Portion {
 /// Threads: any.
 class Portions {
  public:
-  Portions(const StreamSummary &summary, std::optional<size_t> only) {
+  Portions(const StreamSummary &summary, const std::vector<size_t> &only) {
     for (size_t i = 0; i < summary.blocks.size(); ++i) {
-      if (!only || *only == i) {
+      if (only.empty() || std::ranges::binary_search(only, i)) {
         total_ += divide_up(summary.blocks[i].used_bytes, mapped_portion_bytes);
         blocks_.push_back({i, summary.blocks[i].used_bytes, total_});
       }
@@ -364,7 +363,7 @@ void run_channel(Channel &channel, Portions &portions, Stop &stop) {
 Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &open_source,
                              const ChunkHook &hook, const MappedReadOptions &options) {
   assert(summary.layout == Layout::mapped_ram);
-  assert(!options.block || *options.block < summary.blocks.size());
+  assert(options.blocks.empty() || options.blocks.back() < summary.blocks.size());
   if (options.channels < 1 || options.channels > mapped_channels_max) {
     return fail(ErrorCode::bad_argument, "cannot read RAM in " + std::to_string(options.channels) +
                                              " channels: choose 1 to " +
@@ -378,7 +377,7 @@ Result<void> read_mapped_ram(const StreamSummary &summary, const SourceOpener &o
               Channel::create(i, options.channels, summary, std::move(source), hook, stop));
     channels.push_back(std::move(channel));
   }
-  Portions portions(summary, options.block);
+  Portions portions(summary, options.blocks);
   std::vector<std::thread> threads;
   std::optional<io::SignalsBlocked> blocked(std::in_place);
   try {

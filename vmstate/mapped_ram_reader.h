@@ -10,8 +10,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <span>
+#include <vector>
 
 #include "qcow2/io/buffer_pool.h"
 #include "qcow2/io/offsets.h"
@@ -40,7 +40,7 @@ using ChunkHook =
 
 struct MappedReadOptions {
   unsigned channels = 1;                         ///< 1 to mapped_channels_max
-  std::optional<size_t> block = {};              ///< this one only
+  std::vector<size_t> blocks = {};               ///< these only, ascending; empty: all
   const std::atomic<bool> *cancelled = nullptr;  ///< set by anybody at any time
 };
 

@@ -87,18 +87,19 @@ Result<std::optional<StreamSummary>> check_structure(StreamSource &source, const
                                                      qcow2::Findings &findings) {
   Coverage coverage;
   bool is_legacy = true;
-  const auto stream = read_stream(
-      source,
-      [&](size_t block, uint64_t offset, uint64_t page_bytes, std::span<const std::byte>) {
-        coverage.note(block, offset / page_bytes);
-        return Result<void>();
-      },
-      {},
-      [&](const StreamSummary &so_far) {
-        is_legacy = so_far.layout == Layout::legacy;
-        coverage.begin(so_far);
-        return Result<void>();
-      });
+  StreamHooks hooks;
+  hooks.page = [&](size_t block, uint64_t offset, uint64_t page_bytes, std::span<const std::byte>) {
+    coverage.note(block, offset / page_bytes);
+    return Result<void>();
+  };
+  hooks.blocks = [&](const StreamSummary &so_far) {
+    is_legacy = so_far.layout == Layout::legacy;
+    coverage.begin(so_far);
+    return Result<void>();
+  };
+  // What a page held before does not matter for its being there.
+  hooks.page_now = [](size_t, uint64_t, std::span<std::byte>) { return Result<void>(); };
+  const auto stream = read_stream(source, {}, hooks);
   if (!stream) {
     const Error &error = stream.error();
     if (error.code == ErrorCode::bad_stream || error.code == ErrorCode::bad_image) {

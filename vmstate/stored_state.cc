@@ -153,16 +153,19 @@ Result<void> StoredState::read_all(StreamSource &source, StreamOffset start) {
   };
   // The pages of mapped-ram are not of interest yet; a hook for them would read them.
   bool is_legacy = true;
-  auto summary = read_stream(
-      source, on_page, start,
-      [&](const StreamSummary &so_far) -> Result<void> {
-        is_legacy = so_far.layout == Layout::legacy;
-        if (!is_legacy) {
-          return fail(ErrorCode::cancelled, "another layout");
-        }
-        return on_blocks(so_far);
-      },
-      [&](StreamOffset at) { place = at; });
+  StreamHooks hooks;
+  hooks.page = on_page;
+  hooks.blocks = [&](const StreamSummary &so_far) -> Result<void> {
+    is_legacy = so_far.layout == Layout::legacy;
+    if (!is_legacy) {
+      return fail(ErrorCode::cancelled, "another layout");
+    }
+    return on_blocks(so_far);
+  };
+  // A page that is a difference has no place, and on_page refuses it.
+  hooks.page_now = [](size_t, uint64_t, std::span<std::byte>) { return Result<void>(); };
+  hooks.place = [&](StreamOffset at) { place = at; };
+  auto summary = read_stream(source, start, hooks);
   if (!is_legacy) {
     summary = read_stream(source, {}, start, on_blocks);
   }

@@ -23,6 +23,19 @@ constexpr uint8_t section_configuration = 0x07;  // u32 len, machine type name; 
 constexpr uint8_t section_command = 0x08;        // u16 command, u16 length, payload; no footer
 constexpr uint8_t section_footer = 0x7e;         // u32 id; after each START, PART, END, FULL body
 
+// Commands, with the length of their payload.
+constexpr uint16_t command_open_return_path = 1;  // 0
+constexpr uint16_t command_ping = 2;              // 4
+constexpr uint16_t command_postcopy_advise = 3;   // 0, or u64 host page sizes, u64 target page size
+constexpr uint16_t command_postcopy_listen = 4;   // 0
+constexpr uint16_t command_postcopy_run = 5;      // 0
+constexpr uint16_t command_postcopy_discard = 6;  // pages that come again
+constexpr uint16_t command_packaged = 7;          // u32 bytes that follow: sections and commands
+constexpr uint16_t command_switchover_start = 11;  // 0
+
+// What a channel of a multifd migration begins with.
+constexpr uint32_t multifd_magic = 0x11223344;
+
 // RAM records: a u64 of page offset | flags.
 constexpr uint64_t ram_zero = 0x002;
 constexpr uint64_t ram_mem_size = 0x004;
@@ -48,5 +61,7 @@ constexpr uint32_t mapped_ram_version = 1;
 constexpr uint64_t mapped_ram_header_bytes = 4 + 8 + 8 + 8;
 constexpr uint64_t mapped_ram_alignment_bytes = uint64_t{1} << 20;  // of each block's pages
 constexpr const char *mapped_ram_capability = "mapped-ram";
+// Each block's address follows its length, and blocks in shared memory have no pages.
+constexpr const char *ignore_shared_capability = "x-ignore-shared";
 
 }  // namespace qvmstate::vmstate

@@ -24,7 +24,10 @@ const char *layout_name(Layout layout);
 struct StreamBlock {
   std::string idstr;
   uint64_t used_bytes = 0;
-  std::optional<MappedBlock> mapped;  ///< in the layout mapped_ram
+  std::optional<MappedBlock> mapped = {};  ///< in the layout mapped_ram
+  /// In its memory region, which for main memory begins at 0; said with x-ignore-shared only.
+  std::optional<uint64_t> address = {};
+  uint64_t page_records = 0;  ///< mapped_ram: pages that are stored
 };
 
 struct StreamSection {
@@ -44,6 +47,8 @@ struct StreamSummary {
   std::vector<StreamBlock> blocks;
   uint64_t data_pages = 0;  ///< of the layout mapped_ram: pages that are stored
   uint64_t zero_pages = 0;
+  uint64_t compressed_pages = 0;  ///< of the data pages
+  uint64_t xbzrle_pages = 0;      ///< of the data pages
   std::vector<StreamSection> devices;
   std::string vmdescription;  ///< JSON, empty if the stream has none
   uint64_t stream_bytes = 0;  ///< exact: from the start to the end of the vmdescription
@@ -58,14 +63,32 @@ using PageHook = std::function<Result<void>(size_t block, uint64_t offset, uint6
 /// Called once, as soon as the RAM blocks are known and before any page: with what was read so far.
 using BlocksHook = std::function<Result<void>(const StreamSummary &so_far)>;
 
+/// Asks what a page holds by the records so far; `to` is as long as the page and full of zeros.
+using PageNowHook =
+    std::function<Result<void>(size_t block, uint64_t offset, std::span<std::byte> to)>;
+
 /// Called before the page hook for each page of a legacy stream that is stored as it is: where.
 using PlaceHook = std::function<void(StreamOffset place)>;
 
+/// Each may be empty. A page that comes as a difference (XBZRLE) is refused where `page` is there
+/// and `page_now` is not.
+struct StreamHooks {
+  PageHook page = {};
+  BlocksHook blocks = {};
+  PageNowHook page_now = {};
+  PlaceHook place = {};
+};
+
 /// Walks the stream that begins at `start` of the source to its end; an error of a hook ends it
-/// early. Refuses by name what it does not decode (XBZRLE, compressed pages, postcopy, multifd over
-/// a network).
+/// early. Sections come in any order, with or without configuration and footers. Refuses by name
+/// what it does not decode (iterative sections of devices, RDMA, multifd over a network).
+Result<StreamSummary> read_stream(StreamSource &source, StreamOffset start,
+                                  const StreamHooks &hooks);
 Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook = {},
-                                  StreamOffset start = {}, const BlocksHook &blocks_hook = {},
-                                  const PlaceHook &place_hook = {});
+                                  StreamOffset start = {}, const BlocksHook &blocks_hook = {});
+
+/// Whether the stream leaves out a block (x-ignore-shared): its memory is somewhere else. To ask
+/// when the stream was read to its end.
+bool is_left_out(const StreamSummary &stream, size_t block);
 
 }  // namespace qvmstate::vmstate

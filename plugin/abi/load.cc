@@ -8,7 +8,7 @@
 #include "vmstate/channel_count.h"
 #include "vmstate/mapped_ram_reader.h"
 #include "vmstate/page_scan.h"
-#include "vmstate/read_ahead.h"
+#include "vmstate/read_ahead_source.h"
 
 namespace qvmstate::abi {
 namespace {
@@ -206,8 +206,8 @@ Result<void> Load::read_legacy_ram() {
     return same ? Result<void>()
                 : qvmstate::fail(ErrorCode::bad_stream, "its RAM blocks changed while it was open");
   };
-  QV_ASSIGN(const auto ahead, vmstate::ReadAhead::create(*source_, snapshot_.vmstate_bytes));
-  QV_ASSIGN(stream_, vmstate::read_stream(*ahead, hook, {}, check_blocks));
+  QV_ASSIGN(source_, vmstate::ReadAheadSource::create(std::move(source_)));
+  QV_ASSIGN(stream_, vmstate::read_stream(*source_, hook, {}, check_blocks));
   return pace_.follow(done);
 }
 

@@ -52,7 +52,7 @@ class Load {
   const unsigned threads_;
   Pace pace_;
   std::optional<Failure> failure_;
-  std::unique_ptr<vmstate::SnapshotSource> source_;
+  std::unique_ptr<vmstate::StreamSource> source_;
   vmstate::StreamSummary stream_;    // of a legacy one only the head, until its RAM was read
   std::vector<HostBlock> blocks_;    // those that were added
   std::vector<std::byte *> places_;  // for each block of the stream; null: not added

@@ -34,6 +34,7 @@ SOURCE = os.path.dirname(os.path.dirname(HERE))
 sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 
 import abi_case  # noqa: E402  (found through the path set above)
+import extract_case  # noqa: E402
 import offline  # noqa: E402
 import qemus  # noqa: E402
 from bare_vm import LOADED_AT_MIB, PAGE, BareVM, PeakMemory, status_kib  # noqa: E402
@@ -85,7 +86,7 @@ CONTESTANTS = [
     *OURS_MAPPED, MIGRATE, SAVEVM, *ZERO, *SWEEP,
 ]
 OURS = ("plugin", "attach")
-ALL_CASES = "main,large,metadata,serializer,abi,offline"
+ALL_CASES = "main,large,metadata,serializer,abi,extract,offline"
 
 
 def compared_with(contestant):
@@ -565,6 +566,27 @@ def metadata_disk(bench, rounds, bars):
     return runs
 
 
+def extract(bench, rounds, bars):
+    """RAM out of a snapshot, at the rate of a copy."""
+    runs, copies = extract_case.measure(bench, rounds, progress, quiet_machine)
+    copy_rate = statistics.median(copies)
+    print(f"\nRAM of {bench.options.ram} MiB out of a snapshot into a file:\n")
+    print(row("", "seconds", "MiB/s", "of fio's copy", "peak memory"))
+    print(row("---", "---:", "---:", "---:", "---:"))
+    print(row("fio, copy", "", number(copy_rate / MIB, "{:.0f}"), "100 %", ""))
+    for (kind, layout), mine in runs.items():
+        rate, memory = median(mine, "rate"), max(run["memory_mib"] for run in mine)
+        title = f"`extract --as {kind}`, {layout}"
+        print(row(title, number(median(mine, "seconds")), number(rate / MIB, "{:.0f}"),
+                  percent(rate / copy_rate), f"{memory:.1f} MiB"))
+        bars.add(rate / copy_rate >= extract_case.COPY_RATIO_MIN,
+                 f"{title}: {100 * rate / copy_rate:.0f} % of fio's copy, at least "
+                 f"{100 * extract_case.COPY_RATIO_MIN:.0f} % wanted")
+        bars.add(memory <= extract_case.MEMORY_MIB_MAX, f"{title}: {memory:.1f} MiB, at most "
+                 f"{extract_case.MEMORY_MIB_MAX} MiB wanted")
+    return {"copies": copies, **{" ".join(key): mine for key, mine in runs.items()}}
+
+
 def serializer(bench, rounds, bars):
     program = os.path.join(bench.options.build, "tests", "serializer_bench")
     done = subprocess.run([program, "--gib", "1" if bench.options.quick else "2", "--rounds",
@@ -631,6 +653,8 @@ def main():
             results["large"] = large_guest(bench, options.rounds, bars)
         if "metadata" in cases and "newest" not in bench.missing:
             results["metadata"] = metadata_disk(bench, options.rounds, bars)
+        if "extract" in cases and "newest" not in bench.missing:
+            results["extract"] = extract(bench, options.rounds, bars)
         if "serializer" in cases:
             results["serializer"] = serializer(bench, options.rounds, bars)
         if "abi" in cases:

@@ -338,11 +338,27 @@ class VmStateTest(OfflineTest):
         for device in [("timer", 0), ("cpu", 0), ("PCIHost", 0), ("i8259", 0), ("i8259", 1)]:
             self.assertIn(device, devices)
         self.assertLessEqual(stream["size"], said["vm-state-size"])
+        self.assertGreaterEqual(said["vm-state-size-on-disk"], stream["data-pages"] * 4096)
+        self.assertLess(said["vm-state-size-on-disk"], os.stat(path).st_size)
         human = run("info", path, "whole").stdout.decode()
         self.assertIn(f"machine type: {stream['machine-type']}\n", human)
         self.assertRegex(human, r"(?m)^  pc\.ram +16 MiB$")
         self.assertEqual(columns(run("list", path).stdout),
                          columns(qemu_img("snapshot", "-l", path).stdout))
+
+    def test_devices_of_savevm(self):
+        """Decoded by QEMU's own description, every one, to its last byte."""
+        path = self.image()
+        self.savevm(path, "s")
+        done = run("extract", path, "s", "--as", "devices", "-o", "-")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        devices = json.loads(done.stdout)["devices"]
+        self.assertGreater(len(devices), 20)
+        raw = [device["name"] for device in devices if "fields" not in device]
+        self.assertEqual(raw, [])
+        cpu, = [device["fields"] for device in devices if device["name"] == "cpu"]
+        self.assertEqual((cpu["env.eip"], cpu["env.cr[0]"]), (0xfff0, 0x60000010))  # out of reset
+        self.assertEqual(cpu["env.segs"][1]["base"], 0xffff0000)
 
     def test_delete_among_others(self):
         path = self.image()

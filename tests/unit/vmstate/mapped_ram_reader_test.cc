@@ -131,7 +131,7 @@ TEST(MappedRamReader, one_block_only) {
   const StreamSummary summary = summary_of(source, stream.start);
   Collector collector(summary);
   ASSERT_TRUE(
-      read_mapped_ram(summary, in_memory(file), collector.hook(), {.channels = 2, .block = 2}));
+      read_mapped_ram(summary, in_memory(file), collector.hook(), {.channels = 2, .blocks = {2}}));
   EXPECT_TRUE(collector.memory(2) == stream.expected(2));
   EXPECT_TRUE(collector.all_seen_once(2));
   EXPECT_EQ(collector.memory(0)[0], std::byte{0xee});
