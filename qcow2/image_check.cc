@@ -275,7 +275,9 @@ class Checker {
     }
     if (count(offset, geometry_.cluster_bytes(), 1, used_as_table, what)) {
       const uint64_t cluster = offset >> geometry_.cluster_bits;
-      tables_[cluster] = (tables_[cluster] | owner) + 1;
+      const uint32_t uses = tables_[cluster] & table_references_mask;
+      tables_[cluster] |= owner;
+      tables_[cluster] += uses < table_references_mask ? 1 : 0;
       mark(cluster, l1_entry, owner);
     }
   }

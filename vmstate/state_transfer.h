@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
+#include <functional>
 
 #include "qcow2/io/file.h"
 #include "qcow2/io/placement.h"
