@@ -178,7 +178,7 @@ class ExtractOfGuests(BedTest):
                               re.DOTALL)
         commands = [line.split("  #")[0].strip() for line in found[1].splitlines()]
         self.assertEqual(len(commands), 3)
-        guest = self.stopped("host", "microvm")
+        guest = self.stopped("host", "pc")  # whose firmware leaves the ports' addresses at 0x400
         guest.savevm("clean")
         registers = guest.qmp.hmp("info registers")
         memory = self.pmemsave(guest, 0, guest.ram_blocks()[0][1])
