@@ -94,15 +94,15 @@ def measure(bench, rounds, keys, bars, quiet_machine, progress):
             runs[key].append(case.measure(key))
     print(f"\nA host of the C ABI with {case.gib} GiB of RAM (half random, a quarter zero, a quarter "
           f"like text), medians of {rounds} rounds:\n")
-    print("|  | seconds | MiB/s | of fio | RAM, GiB/s |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("|  | seconds | MiB/s | of fio | RAM, GiB/s | CPU s/GiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for key, mine in runs.items():
-        seconds, rate, of_fio = (statistics.median(run[field] for run in mine)
-                                 for field in ("seconds", "rate", "of_fio"))
+        seconds, rate, of_fio, cpu = (statistics.median(run[field] for run in mine)
+                                      for field in ("seconds", "rate", "of_fio", "cpu"))
         title = ("`write(2)` of the legacy stream, 32 KiB each" if key == "abi-naive" else
                  key.removeprefix("abi-").replace("-save", ", save").replace("-load", ", load"))
         print(f"| {title} | {seconds:.2f} | {rate / MIB:.0f} | {100 * of_fio:.0f} % | "
-              f"{case.gib / seconds:.2f} |")
+              f"{case.gib / seconds:.2f} | {cpu / case.gib:.2f} |")
         if key != "abi-naive":
             bars.add(of_fio >= RATIO_MIN, f"C ABI, {title}: {100 * of_fio:.0f} % of fio, at least "
                      f"{100 * RATIO_MIN:.0f} % wanted")

@@ -5,7 +5,8 @@
  *   abi_host PLUGIN naive FILE GIB                      the legacy layout's records of RAM, written
  *                                                       by write(2) in pieces of 32 KiB, and fsync
  *
- * Prints "ready", waits for a line, works, and prints its seconds and the bytes written. */
+ * Prints "ready", waits for a line, works, and prints its seconds, those of the processor, and the
+ * bytes written. */
 #include <dlfcn.h>
 #include <endian.h>
 #include <fcntl.h>
@@ -54,9 +55,9 @@ static void make_page(uint64_t number, unsigned char *to) {
   }
 }
 
-static double now(void) {
+static double now(clockid_t clock) {
   struct timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
+  clock_gettime(clock, &time);
   return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
@@ -145,7 +146,7 @@ int main(int argc, char **argv) {
   struct qvmstate_ram_block ram = {.size = sizeof ram, .name = "ram"};
   qvmstate_get_api_fn get_api;
   uint64_t written = 0;
-  double begin, seconds;
+  double begin, seconds, cpu;
   int failed, is_load = argc == 5 && strcmp(argv[2], "load") == 0;
   void *library = argc >= 5 ? dlopen(argv[1], RTLD_NOW) : NULL;
   if (library == NULL) {
@@ -166,7 +167,8 @@ int main(int argc, char **argv) {
   puts("ready");
   fflush(stdout);
   (void)getchar();
-  begin = now();
+  begin = now(CLOCK_MONOTONIC);
+  cpu = now(CLOCK_PROCESS_CPUTIME_ID);
   if (is_load) {
     failed = load(argv[3], &ram);
   } else if (argc == 6) {
@@ -174,10 +176,12 @@ int main(int argc, char **argv) {
   } else {
     failed = naive(argv[3], &ram, &written);
   }
-  seconds = now() - begin;
+  seconds = now(CLOCK_MONOTONIC) - begin;
+  cpu = now(CLOCK_PROCESS_CPUTIME_ID) - cpu;
   if (failed || (is_load && check(&ram))) {
     return 1;
   }
-  printf("{\"seconds\": %.6f, \"bytes\": %llu}\n", seconds, (unsigned long long)written);
+  printf("{\"seconds\": %.6f, \"cpu\": %.6f, \"bytes\": %llu}\n", seconds, cpu,
+         (unsigned long long)written);
   return 0;
 }
