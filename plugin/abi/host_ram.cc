@@ -66,7 +66,7 @@ Outcome<HostBlock> take_block(const qvmstate_ram_block &given, uint64_t guest_pa
     return refuse(QVMSTATE_BAD_ARGUMENT, "RAM block: its name must have 1 to 255 bytes");
   }
   HostBlock block = {given.name, static_cast<std::byte *>(given.address), given.bytes,
-                     given.page_bytes == 0 ? host_page_bytes_min : given.page_bytes};
+                     given.host_page_bytes == 0 ? host_page_bytes_min : given.host_page_bytes};
   const auto wrong = [&](const std::string &what) {
     return refuse(QVMSTATE_BAD_ARGUMENT, "RAM block '" + block.name + "': " + what);
   };

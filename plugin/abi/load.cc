@@ -100,7 +100,7 @@ qvmstate_load_info Load::info() const {
   qvmstate_load_info info = {};
   info.layout = is_mapped() ? QVMSTATE_LAYOUT_MAPPED_RAM : QVMSTATE_LAYOUT_LEGACY;
   info.machine = stream_.machine_type.c_str();
-  info.page_bytes = stream_.page_bytes;
+  info.guest_page_bytes = stream_.page_bytes;
   info.block_count = stream_.blocks.size();
   for (const vmstate::StreamBlock &block : stream_.blocks) {
     info.ram_bytes += block.used_bytes;

@@ -40,10 +40,10 @@ Outcome<void> check_options(const qvmstate_save_options &options) {
   if (options.layout != QVMSTATE_LAYOUT_LEGACY && options.layout != QVMSTATE_LAYOUT_MAPPED_RAM) {
     return wrong("layout is no enum qvmstate_layout");
   }
-  if (options.page_bytes != 0 &&
-      (!std::has_single_bit(options.page_bytes) || options.page_bytes < page_bytes_min ||
-       options.page_bytes > vmstate::page_bytes_max)) {
-    return wrong("page_bytes is no power of two from 4096 to 65536");
+  if (options.guest_page_bytes != 0 && (!std::has_single_bit(options.guest_page_bytes) ||
+                                        options.guest_page_bytes < page_bytes_min ||
+                                        options.guest_page_bytes > vmstate::page_bytes_max)) {
+    return wrong("guest_page_bytes is no power of two from 4096 to 65536");
   }
   if (options.threads > vmstate::mapped_channels_max) {
     return wrong("threads are more than 64");
@@ -54,8 +54,8 @@ Outcome<void> check_options(const qvmstate_save_options &options) {
 vmstate::StreamConfiguration stream_configuration(const qvmstate_save_options &options) {
   vmstate::StreamConfiguration configuration;
   configuration.machine_type = options.machine;
-  if (options.page_bytes != 0) {
-    configuration.page_bytes = options.page_bytes;
+  if (options.guest_page_bytes != 0) {
+    configuration.page_bytes = options.guest_page_bytes;
   }
   if (configuration.page_bytes != page_bytes_min) {
     // Readers take 4096 for granted.

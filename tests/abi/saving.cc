@@ -39,7 +39,7 @@ class Saving {
     given.name = options_.name.c_str();
     given.machine = machine_.kind().name.c_str();
     given.layout = options_.mapped_ram ? QVMSTATE_LAYOUT_MAPPED_RAM : QVMSTATE_LAYOUT_LEGACY;
-    given.page_bytes = machine_.kind().page_bytes;
+    given.guest_page_bytes = machine_.kind().page_bytes;
     given.vm_clock_ns = machine_.executed();
     given.threads = threads;
     given.progress = on_progress;

@@ -33,7 +33,7 @@ SAME_PLACE(qvmstate_session_options, log_user);
 SAME_PLACE(qvmstate_snapshot_info, vm_clock_ns);
 SAME_PLACE(qvmstate_progress, ram_bytes_total);
 SAME_PLACE(qvmstate_save_options, progress_user);
-SAME_PLACE(qvmstate_ram_block, page_bytes);
+SAME_PLACE(qvmstate_ram_block, host_page_bytes);
 SAME_PLACE(qvmstate_section, bytes);
 SAME_PLACE(qvmstate_save_report, id);
 SAME_PLACE(qvmstate_load_options, progress_user);

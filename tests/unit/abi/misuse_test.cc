@@ -165,9 +165,9 @@ TEST_F(InSession, SaveOptions) {
   refused([](auto &options) { options.machine = ""; }, "machine");
   refused([&](auto &options) { options.machine = long_name.c_str(); }, "255");
   refused([](auto &options) { options.layout = 2; }, "layout");
-  refused([](auto &options) { options.page_bytes = 2048; }, "page_bytes");
-  refused([](auto &options) { options.page_bytes = 12288; }, "page_bytes");
-  refused([](auto &options) { options.page_bytes = 131072; }, "page_bytes");
+  refused([](auto &options) { options.guest_page_bytes = 2048; }, "guest_page_bytes");
+  refused([](auto &options) { options.guest_page_bytes = 12288; }, "guest_page_bytes");
+  refused([](auto &options) { options.guest_page_bytes = 131072; }, "guest_page_bytes");
   refused([](auto &options) { options.threads = 65; }, "64");
   refused([](auto &options) { options.flags = 8; }, "flags");
   refused([](auto &options) { options.flags = QVMSTATE_SAVE_LIVE | QVMSTATE_SAVE_MAY_FREE; },
@@ -217,8 +217,9 @@ TEST_F(InSave, RamBlocks) {
   refused([](auto &block) { block.address = nullptr; }, "NULL");
   refused([](auto &block) { block.address = static_cast<char *>(block.address) + 512; },
           "multiple of its page size");
-  refused([](auto &block) { block.page_bytes = 5000; }, "power of two");
-  refused([](auto &block) { block.page_bytes = uint64_t{1} << 40; }, "multiple of its page size");
+  refused([](auto &block) { block.host_page_bytes = 5000; }, "power of two");
+  refused([](auto &block) { block.host_page_bytes = uint64_t{1} << 40; },
+          "multiple of its page size");
   refused([](auto &block) { block.bytes = uint64_t{1} << 46; }, "not all of its memory is mapped");
   EXPECT_REFUSED(api().save_add_ram(save, nullptr, &error), QVMSTATE_BAD_ARGUMENT, "NULL");
   // None of this has harmed the save.

@@ -54,7 +54,7 @@ TEST_P(Layouts, OddPagesAndClusters) {
       ram.add("a machine's RAM, \xc3\xbc", 65536 * 40).fill(3);
       const OpenSession session(image.path(), true);
       qvmstate_save_options options = save_options("state", GetParam());
-      options.page_bytes = page_bytes;
+      options.guest_page_bytes = page_bytes;
       options.machine = "a name with spaces, \"quotes\" and \xc3\xbc";
       save_all(session.get(), options, ram, {{"cpu", 0, 0, bytes_of("r0")}});
       std::map<std::string, Blob> loaded;
@@ -264,7 +264,7 @@ TEST_P(Layouts, HugePagesAreFreedWhole) {
   qvmstate_ram_block block = block_of("ram0", memory);
   block.address = reinterpret_cast<void *>((address + huge - 1) / huge * huge);
   block.bytes = 3 * huge + 5 * page;  // the last one is freed never
-  block.page_bytes = huge;
+  block.host_page_bytes = huge;
   ASSERT_OK(api().save_add_ram(save, &block, &error));
   ASSERT_OK(api().save_ram(save, nullptr, 0, &error));
   qvmstate_save_report report = {};

@@ -2,7 +2,7 @@
  * image as an internal snapshot and loaded from it.
  *
  * The host (the emulator) loads the library with dlopen(), looks up QVMSTATE_ENTRY, and gets a
- * table of functions. There are three kinds of objects:
+ * table of functions; dlclose() leaves it loaded. There are three kinds of objects:
  *
  *   session  one open image: opened, then any number of saves and loads, one at a time; closed
  *   save     begun; RAM blocks added; RAM and device sections written, in any order; ended (this
@@ -13,11 +13,11 @@
  * save that fails, is aborted or is killed leaves the image as it was.
  *
  * RESULTS  Every function that can fail returns QVMSTATE_OK or another enum qvmstate_code, and
- *   fills *error, which may be NULL, if and only if it fails. A call that is a mistake of the host
- *   (BAD_ARGUMENT, BAD_STATE) changes nothing. After any other failure of a save or load, only its
- *   abort and close are of use; further calls return the first failure again. No exception, exit or
- *   abort comes out of the library, whatever it is given; pointers must be NULL or valid, and a
- *   handle must not be used once it is closed.
+ *   fills *error, which may be NULL, if and only if it fails. A call that is refused (BAD_ARGUMENT,
+ *   BAD_STATE, MISMATCH) changes nothing, and others may follow. After any other failure of a save
+ *   or load, only its abort and close are of use; further calls return the first failure again. No
+ *   exception, exit or abort comes out of the library, whatever it is given; pointers must be NULL
+ *   or valid, and a handle must not be used once it is closed.
  * THREADS  One thread at a time uses a session and the save and load begun in it; it need not be
  *   the same thread. save_cancel() and load_cancel() may be called from any thread at any time
  *   before the close. Different sessions are independent of each other. The library starts
@@ -138,13 +138,12 @@ struct qvmstate_progress {
   uint64_t ram_bytes_done;  /* of this save_ram() or load_ram() */
   uint64_t ram_bytes_total; /* of all blocks */
 };
-/* Returns 0 to go on, anything else to cancel. Some ten times a second or more often, on any
- * thread, one call at a time. May call save_cancel() and load_cancel(). */
+/* Returns 0 to go on, anything else to cancel. Some ten times a second or more often, and when all
+ * is done; on any thread, one call at a time. May call save_cancel() and load_cancel(). */
 typedef int (*qvmstate_progress_fn)(void *user, const struct qvmstate_progress *progress);
 
-#define QVMSTATE_SAVE_REPLACE                                        \
-  1u /* a snapshot of that name lives until the new one is committed \
-      */
+/* A snapshot of that name lives until the new one is committed. */
+#define QVMSTATE_SAVE_REPLACE 1u
 /* RAM may change while it is written, and save_ram() may be called again for what changed. */
 #define QVMSTATE_SAVE_LIVE 2u
 /* Pages are given back to the kernel (madvise MADV_DONTNEED; a page of a shared mapping stays in
@@ -159,9 +158,9 @@ struct qvmstate_save_options {
   const char *name;    /* of the snapshot: 1 to 255 bytes, not all digits */
   const char *machine; /* 1 to 255 bytes: told to the host by load_info() */
   uint32_t layout;     /* enum qvmstate_layout */
-  /* Guest page: the unit of dirty bitmaps and of what is found to be zero. A power of two from 4096
-   * to 65536; 0: 4096. */
-  uint32_t page_bytes;
+  /* The unit of dirty bitmaps and of what is found to be zero. A power of two from 4096 to 65536;
+   * 0: 4096. */
+  uint32_t guest_page_bytes;
   uint64_t vm_clock_ns; /* for the list of snapshots; no more than that */
   uint32_t threads;     /* that write in LAYOUT_MAPPED_RAM, up to 64; 0: chosen */
   uint32_t reserved;
@@ -174,10 +173,10 @@ struct qvmstate_save_options {
 struct qvmstate_ram_block {
   uint32_t size;
   uint32_t reserved;
-  const char *name;    /* 1 to 255 bytes, unlike those of other blocks */
-  void *address;       /* a multiple of the host page size; a save only reads (or frees) it */
-  uint64_t bytes;      /* > 0; a multiple of the guest page size */
-  uint64_t page_bytes; /* host page size of this memory, of huge pages theirs; 0: the usual one */
+  const char *name;         /* 1 to 255 bytes, unlike those of other blocks */
+  void *address;            /* a multiple of the host page size; a save only reads (or frees) it */
+  uint64_t bytes;           /* > 0; a multiple of the guest page size */
+  uint64_t host_page_bytes; /* of this memory, of huge pages theirs; 0: the usual one */
 };
 
 /* The state of a device. The bytes mean something to the host alone. */
@@ -226,7 +225,7 @@ struct qvmstate_load_info {
   uint32_t size;
   uint32_t layout; /* enum qvmstate_layout */
   const char *machine;
-  uint64_t page_bytes;  /* guest page */
+  uint64_t guest_page_bytes;
   uint64_t block_count; /* RAM blocks */
   uint64_t ram_bytes;   /* of all of them */
 };
@@ -237,7 +236,8 @@ struct qvmstate_block_info {
   uint64_t bytes;
 };
 
-/* What qvmstate_section_read_fn returns for a section that the host does not know. */
+/* What qvmstate_section_read_fn returns for a section that the host does not know, or not in that
+ * version. */
 #define QVMSTATE_SECTION_UNKNOWN 0x7fffffff
 
 /* Takes one section; everything in it is valid during the call. Returns 0, SECTION_UNKNOWN, or any
@@ -256,8 +256,9 @@ struct qvmstate_api {
   /* Opens an image and takes the locks that QEMU takes: without SESSION_WRITE those of a reader
    * that lets no writer in, else those of the only user. An image that is also a disk of the VM
    * must be flushed and closed by the host (or its locks dropped) before, and opened again after
-   * session_close(). LOCKED: somebody else uses it, another session of this process included.
-   * *session is set to NULL on failure. */
+   * session_close(). LOCKED: somebody else uses it, another session of this process included; or
+   * somebody who was just killed: the kernel drops such locks within tens of milliseconds. *session
+   * is set to NULL on failure. */
   int (*session_open)(const struct qvmstate_session_options *options,
                       struct qvmstate_session **session, struct qvmstate_error *error);
   /* Drops locks and frees the session. A save or load that is still open is closed with it, and its
@@ -284,12 +285,13 @@ struct qvmstate_api {
   /* Adds a block of RAM; before the first save_ram(). At least one is needed. */
   int (*save_add_ram)(struct qvmstate_save *save, const struct qvmstate_ram_block *block,
                       struct qvmstate_error *error);
-  /* Writes RAM. At first all of it, with `dirty` NULL. With SAVE_LIVE, again as often as wanted,
-   * with a bitmap for each block, in the order in which they were added: bit n % 64 of dirty[b][n /
-   * 64] says that page n of block b changed since the bitmap before it was taken (at first: since
-   * the call that wrote all began). NULL in place of a bitmap: nothing changed. Bits past the end
-   * are ignored. What is written now supersedes what was. The last round is made when the guest
-   * stands; after it RAM and snapshot are the same. */
+  /* Writes RAM. At first all of it, with `dirty` NULL: the host clears its log of dirty pages just
+   * before. With SAVE_LIVE, again as often as wanted, each time with what the host takes from that
+   * log, clearing it, just before the call: an array of const uint64_t *, a bitmap for each block
+   * in the order in which they were added. Bit n % 64 of dirty[b][n / 64] is page n of block b;
+   * NULL in place of a bitmap: nothing changed; bits past the end are ignored. What is written now
+   * supersedes what was. The last round is made when the guest stands; after it RAM and snapshot
+   * are the same. */
   int (*save_ram)(struct qvmstate_save *save, const uint64_t *const *dirty, size_t block_count,
                   struct qvmstate_error *error);
   /* Puts a device section: copied; written to the image by save_end(), in the order of these
