@@ -106,11 +106,9 @@ Result<void> ImageEdit::drop_table(uint64_t l1_entry) {
       image_.geometry().cluster_of(HostOffset(l1_entry & host_offset_mask)), 1);
 }
 
-Result<void> ImageEdit::remove_snapshot(size_t index) {
-  assert(!added_);
-  const Snapshot &snapshot = image_.snapshots()[index];
+Result<void> ImageEdit::drop_l1(const Snapshot &snapshot, uint64_t first) {
   std::vector<uint64_t> piece;
-  for (uint64_t at = 0; at < snapshot.l1_entries; at += piece.size()) {
+  for (uint64_t at = first; at < snapshot.l1_entries; at += piece.size()) {
     piece.resize(std::min<uint64_t>(l1_piece_entries, snapshot.l1_entries - at));
     QV_TRY(image_.read_l1(snapshot.l1_offset, at, piece));
     for (const uint64_t entry : piece) {
@@ -123,6 +121,13 @@ Result<void> ImageEdit::remove_snapshot(size_t index) {
     QV_TRY(refcounts_.dereference(image_.geometry().cluster_of(snapshot.l1_offset),
                                   image_.geometry().l1_clusters(snapshot.l1_entries)));
   }
+  return {};
+}
+
+Result<void> ImageEdit::remove_snapshot(size_t index) {
+  assert(!added_);
+  const Snapshot &snapshot = image_.snapshots()[index];
+  QV_TRY(drop_l1(snapshot, 0));
   const auto found = std::find(original_index_.begin(), original_index_.end(), index);
   assert(found != original_index_.end());
   snapshots_.erase(snapshots_.begin() + (found - original_index_.begin()));
@@ -300,23 +305,8 @@ Result<void> ImageEdit::add_snapshot(const NewSnapshot &snapshot) {
 
 Result<void> ImageEdit::replace_vmstate(size_t index) {
   assert(!added_);
-  const Geometry &geometry = image_.geometry();
   const Snapshot &snapshot = image_.snapshots()[index];
-  std::vector<uint64_t> piece;
-  for (uint64_t at = geometry.vmstate_l1_index(snapshot.disk_bytes); at < snapshot.l1_entries;
-       at += piece.size()) {
-    piece.resize(std::min<uint64_t>(l1_piece_entries, snapshot.l1_entries - at));
-    QV_TRY(image_.read_l1(snapshot.l1_offset, at, piece));
-    for (const uint64_t entry : piece) {
-      if ((entry & host_offset_mask) != 0) {
-        QV_TRY(drop_table(entry));
-      }
-    }
-  }
-  if (snapshot.l1_entries != 0) {
-    QV_TRY(refcounts_.dereference(geometry.cluster_of(snapshot.l1_offset),
-                                  geometry.l1_clusters(snapshot.l1_entries)));
-  }
+  QV_TRY(drop_l1(snapshot, image_.geometry().vmstate_l1_index(snapshot.disk_bytes)));
   const auto found = std::find(original_index_.begin(), original_index_.end(), index);
   assert(found != original_index_.end());
   added_position_ = static_cast<size_t>(found - original_index_.begin());

@@ -80,6 +80,8 @@ class ImageEdit {
   template <class Visit>
   Result<void> visit_clusters(std::span<const std::byte> l2, Visit visit);
   Result<void> drop_table(uint64_t l1_entry);
+  /// An L1 table with its L2 tables from entry `first` on.
+  Result<void> drop_l1(const Snapshot &snapshot, uint64_t first);
   Result<void> share_active_disk();
   Result<void> refresh_copied_flags();
   Result<ClusterRun> begin_active_l1();
