@@ -2,6 +2,7 @@
  *
  *   abi_host PLUGIN save IMAGE GIB legacy|mapped-ram    into snapshot "bench"
  *   abi_host PLUGIN load IMAGE GIB                      from there; fails if RAM is not the same
+ *   abi_host PLUGIN load IMAGE GIB new                  into RAM that was never touched before
  *   abi_host PLUGIN naive FILE GIB                      the legacy layout's records of RAM, written
  *                                                       by write(2) in pieces of 32 KiB, and fsync
  *
@@ -147,10 +148,10 @@ int main(int argc, char **argv) {
   qvmstate_get_api_fn get_api;
   uint64_t written = 0;
   double begin, seconds, cpu;
-  int failed, is_load = argc == 5 && strcmp(argv[2], "load") == 0;
+  int failed, is_load = argc >= 5 && strcmp(argv[2], "load") == 0;
   void *library = argc >= 5 ? dlopen(argv[1], RTLD_NOW) : NULL;
   if (library == NULL) {
-    fprintf(stderr, "usage: abi_host PLUGIN save|load|naive FILE GIB [LAYOUT]\n");
+    fprintf(stderr, "usage: abi_host PLUGIN save|load|naive FILE GIB [LAYOUT|new]\n");
     return 2;
   }
   *(void **)&get_api = dlsym(library, QVMSTATE_ENTRY);
@@ -161,6 +162,9 @@ int main(int argc, char **argv) {
     return complain("start");
   }
   madvise(ram.address, ram.bytes, MADV_HUGEPAGE); /* as emulators do for guest RAM */
+  if (is_load && argc == 5) {
+    memset(ram.address, 0xa5, ram.bytes); /* what the guest had before */
+  }
   for (uint64_t number = 0; number < ram.bytes / page && !is_load; ++number) {
     make_page(number, (unsigned char *)ram.address + number * page);
   }
