@@ -19,7 +19,6 @@ namespace qvmstate::vmstate {
 namespace {
 
 constexpr uint64_t chunk_bytes_min = 1 * mib;
-// What is read before it is looked at for zeros: small enough to be still in the L2 cache.
 constexpr uint64_t batch_bytes = 256 * kib;
 // Zero pages between two others are written with them where that saves a write: a disk does about
 // 100,000 a second, whatever their size. Of one page in ten this makes one in eight.
@@ -222,11 +221,10 @@ class MappedRamWriter::Channel {
   Result<void> write_chunks() {
     while (const auto chunk = round_.next()) {
       pieces_.clear();
+      hashed_pieces_ = 0;
+      hashed_to_ = chunk->offset;
       QV_ASSIGN(io::Buffer *const buffer, find_pieces(*chunk));
       QV_ASSIGN(const uint64_t queued_bytes, write_pieces(*chunk, buffer));
-      if (round_.writer().digests_) {
-        hash(*chunk);  // while it is written
-      }
       QV_TRY(round_.report(chunk->bytes, queued_bytes));
     }
     while (file_.pending() > 0) {
@@ -245,12 +243,12 @@ class MappedRamWriter::Channel {
       QV_TRY(look_at_pages(chunk, wanted, buffer));
       page = wanted.end;
     }
+    hash_up_to(chunk, chunk.offset + chunk.bytes);
     return buffer;
   }
 
   Result<void> look_at_pages(const Round::Chunk &chunk, const Round::Pages &pages,
                              io::Buffer *&buffer) {
-    const std::byte *memory = source_.view(chunk.block);
     const uint64_t end = pages.end * page_bytes_;
     for (uint64_t at = pages.first * page_bytes_; at < end;) {
       QV_ASSIGN(const RamSource::Presence presence, source_.presence(chunk.block, at));
@@ -263,18 +261,7 @@ class MappedRamWriter::Channel {
       // A page only part of which is untouched counts as touched.
       if (presence.touched || bytes < page_bytes_) {
         bytes = std::min(round_up(bytes, page_bytes_), end - at);
-        if (memory == nullptr) {
-          if (buffer == nullptr) {
-            QV_ASSIGN(buffer, free_buffer());
-          }
-          bytes = std::min(bytes, batch_bytes);
-          QV_TRY(source_.read_pages(chunk.block, at, bytes / page_bytes_, page_bytes_,
-                                    buffer->data + (at - chunk.offset), page_bytes_));
-          stats_.copied_bytes += bytes;
-          scan(chunk.block, at, bytes, buffer->data + (at - chunk.offset));
-        } else {
-          scan(chunk.block, at, bytes, memory + at);
-        }
+        QV_TRY(look_at_touched(chunk, at, bytes, buffer));
       } else {
         bytes = round_down(bytes, page_bytes_);
         stats_.untouched_pages += round_.is_first() ? bytes / page_bytes_ : 0;
@@ -283,6 +270,30 @@ class MappedRamWriter::Channel {
         }
       }
       at += bytes;
+    }
+    return {};
+  }
+
+  /// In batches: small enough to be still in the L2 cache while they are looked at and hashed.
+  Result<void> look_at_touched(const Round::Chunk &chunk, uint64_t offset, uint64_t bytes,
+                               io::Buffer *&buffer) {
+    const std::byte *const memory = source_.view(chunk.block);
+    if (memory == nullptr && buffer == nullptr) {
+      QV_ASSIGN(buffer, free_buffer());
+    }
+    for (const uint64_t end = offset + bytes; offset < end;) {
+      const uint64_t part = std::min(batch_bytes, end - offset);
+      if (memory == nullptr) {
+        std::byte *const to = buffer->data + (offset - chunk.offset);
+        QV_TRY(source_.read_pages(chunk.block, offset, part / page_bytes_, page_bytes_, to,
+                                  page_bytes_));
+        stats_.copied_bytes += part;
+        scan(chunk.block, offset, part, to);
+      } else {
+        scan(chunk.block, offset, part, memory + offset);
+      }
+      offset += part;
+      hash_up_to(chunk, offset);
     }
     return {};
   }
@@ -337,33 +348,47 @@ class MappedRamWriter::Channel {
     return std::atomic_ref(round_.writer().blocks_[block].present[page / 64]);
   }
 
-  /// What the chunk reads as: the pieces, and zeros between them.
-  void hash(const Round::Chunk &chunk) {
+  /// Hashes the chunk up to `end_offset`: the pages noted so far, and zeros between them.
+  void hash_up_to(const Round::Chunk &chunk, uint64_t end_offset) {
     static_assert(mapped_ram_alignment_bytes % checksum_piece_bytes == 0);
+    if (!round_.writer().digests_) {
+      return;
+    }
+    while (hashed_to_ < end_offset) {
+      const uint64_t begin = round_down(hashed_to_, checksum_piece_bytes);
+      const uint64_t to = std::min(begin + checksum_piece_bytes, end_offset);
+      hash_data(chunk, to);
+      hashed_to_ = to;
+      if (to == begin + checksum_piece_bytes && digest_.bytes() > 0) {
+        digest_.add_zeros(checksum_piece_bytes - digest_.bytes());
+        const Block &block = round_.writer().blocks_[chunk.block];
+        round_.writer().digests_->set((block.pages_offset + begin) / checksum_piece_bytes,
+                                      digest_.finish());
+      }
+    }
+  }
+
+  /// Of the data between hashed_to_ and `to`, in one piece of the checksum.
+  void hash_data(const Round::Chunk &chunk, uint64_t to) {
     Block &block = round_.writer().blocks_[chunk.block];
-    auto piece = pieces_.begin();
-    for (uint64_t at = chunk.offset; at < chunk.offset + chunk.bytes; at += checksum_piece_bytes) {
-      const uint64_t end = std::min(at + checksum_piece_bytes, chunk.offset + chunk.bytes);
-      uint64_t done = at;
-      for (; piece != pieces_.end() && piece->offset < end; ++piece) {
-        const uint64_t begin = std::max(piece->offset, at);
-        const uint64_t bytes = std::min(piece->offset + piece->bytes, end) - begin;
-        const std::span data(piece->from + (begin - piece->offset), bytes);
-        if (end - at < checksum_piece_bytes) {
-          std::ranges::copy(data, block.rest.begin() + static_cast<ptrdiff_t>(begin - at));
+    const uint64_t begin = round_down(hashed_to_, checksum_piece_bytes);
+    const bool is_rest = begin + checksum_piece_bytes > block.ram.used_bytes;
+    for (; hashed_pieces_ < pieces_.size() && pieces_[hashed_pieces_].offset < to;
+         ++hashed_pieces_) {
+      const Piece &piece = pieces_[hashed_pieces_];
+      const uint64_t from = std::max(piece.offset, hashed_to_);
+      const uint64_t end = std::min(piece.offset + piece.bytes, to);
+      if (from < end) {
+        const std::span data(piece.from + (from - piece.offset), end - from);
+        if (is_rest) {
+          std::ranges::copy(data, block.rest.begin() + static_cast<ptrdiff_t>(from - begin));
         } else {
-          digest_.add_zeros(begin - done);
+          digest_.add_zeros(from - begin - digest_.bytes());
           digest_.add(data);
         }
-        done = begin + bytes;
-        if (done == end) {
-          break;  // it may go on in the next one
-        }
       }
-      if (digest_.bytes() > 0) {
-        digest_.add_zeros(end - done);
-        round_.writer().digests_->set((block.pages_offset + at) / checksum_piece_bytes,
-                                      digest_.finish());
+      if (end == to) {
+        break;  // it may go on, or grow
       }
     }
   }
@@ -452,6 +477,8 @@ class MappedRamWriter::Channel {
   StreamStats stats_;
   std::vector<Flight> flights_;  ///< a transfer's cookie is the index of its chunk here
   PieceDigest digest_;
+  uint64_t hashed_to_ = 0;    ///< in the block
+  size_t hashed_pieces_ = 0;  ///< of pieces_, those that are done with
   std::vector<Piece> pieces_;
   std::vector<io::StreamRange> ranges_;
   std::vector<io::HostRun> runs_;

@@ -18,7 +18,8 @@ namespace qvmstate::qemu {
 namespace {
 
 constexpr uint64_t page_bytes = 4096;
-constexpr size_t pagemap_entries = 64 * 1024 / sizeof(uint64_t);
+// Read at a time. A thread that deals with every other MiB would have no use for more.
+constexpr size_t pagemap_entries = 1024 * 1024 / page_bytes;
 constexpr uint64_t pagemap_touched = uint64_t{3} << 62;  // present or swapped
 
 /// Cuts a number off `text`, which `separator` must follow (and is cut off too).
