@@ -1,6 +1,7 @@
 """A QEMU whose RAM holds random bytes, for measuring: no guest system, the firmware finds nothing
 to boot and idles. The bytes are put in by QEMU itself when it starts (-device loader), into RAM of
-the kind that QEMU uses by default, the same way in every release."""
+the kind that QEMU uses by default, the same way in every release. Its disks are block nodes without
+a device, so that several saves, each with fresh images, can follow each other in one VM."""
 
 import json
 import os
@@ -52,18 +53,16 @@ class PeakMemory:
 
 
 class BareVM:
-    """Make it in a fresh folder state: images are made anew by start()."""
+    """start(), then for each save, or several, insert_disks() and remove_disks()."""
 
-    def __init__(self, qemu, folder, ram_mib, random_files, cache="none", plugin=None,
-                 metadata_disk_gib=0, all_random=True):
+    def __init__(self, qemu, folder, ram_mib, random_files, plugin=None, all_random=True):
         self.qemu = qemu
         self.folder = folder
         self.ram_mib = ram_mib
         self.random_files = random_files
-        self.cache = cache
         self.plugin = plugin
-        self.metadata_disk_gib = metadata_disk_gib
         self.all_random = all_random
+        self.images = []
         self.process = None
         self.qmp = None
 
@@ -78,10 +77,6 @@ class BareVM:
         return self.path("disk.qcow2")
 
     @property
-    def images(self):
-        return [self.image] + ([self.path("large.qcow2")] if self.metadata_disk_gib else [])
-
-    @property
     def state_file(self):
         """Where a save that does not go into the image goes."""
         return self.path("state.mig")
@@ -89,19 +84,31 @@ class BareVM:
     def written_files(self):
         return self.images + ([self.state_file] if os.path.exists(self.state_file) else [])
 
-    def blockdev(self, node, path):
-        file = {"driver": "file", "filename": self.qemu.inner(path)}
-        if self.cache == "none":
-            file["cache"] = {"direct": True}
-        return ["-blockdev", json.dumps({"driver": "qcow2", "node-name": node, "file": file}),
-                "-device", f"virtio-blk-pci,drive={node}"]
+    def insert_disks(self, cache="none", metadata_disk_gib=0):
+        """Fresh images: a small one, and one with as much preallocated metadata as wanted."""
+        self.insert_disk(self.image, "4G", cache)
+        if metadata_disk_gib:
+            self.insert_disk(self.path("large.qcow2"), f"{metadata_disk_gib}G", cache,
+                             "-o", "preallocation=metadata")
+
+    def insert_disk(self, path, size, cache, *options):
+        self.qemu.img("create", "-q", "-f", "qcow2", *options, self.qemu.inner(path), size)
+        self.qmp.execute("blockdev-add", driver="qcow2", **{"node-name": f"d{len(self.images)}"},
+                         file={"driver": "file", "filename": self.qemu.inner(path),
+                               "cache": {"direct": cache == "none"}})
+        self.images.append(path)
+
+    def remove_disks(self, snapshot=None):
+        """Closes the images, has QEMU check them, and removes them and what was saved beside."""
+        for number in range(len(self.images)):
+            self.qmp.execute("blockdev-del", **{"node-name": f"d{number}"})
+        self.check(snapshot)
+        for path in self.written_files():
+            os.unlink(path)
+        self.images = []
 
     def start(self):
         self.remove_files()
-        self.qemu.img("create", "-q", "-f", "qcow2", self.qemu.inner(self.image), "4G")
-        if self.metadata_disk_gib:
-            self.qemu.img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata",
-                          self.qemu.inner(self.path("large.qcow2")), f"{self.metadata_disk_gib}G")
         arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc",
                      "-accel", "tcg", "-m", f"{self.ram_mib}M"]
         at_mib = LOADED_AT_MIB
@@ -112,8 +119,6 @@ class BareVM:
         for name in ("bench", "tool", "plugin"):
             sock = self.qemu.inner(self.path(name + ".sock"))
             arguments += ["-qmp", f"unix:{sock},server=on,wait=off"]
-        for node, image in zip(("d0", "d1"), self.images):
-            arguments += self.blockdev(node, image)
         if self.plugin:
             arguments += ["-plugin", f"{self.qemu.inner(self.plugin)},"
                                      f"qmp={self.qemu.inner(self.path('plugin.sock'))},"
@@ -204,7 +209,7 @@ class BareVM:
             raise RuntimeError(f"{self.state_file}: {pages} pages are stored, of {data // PAGE}")
 
     def check(self, snapshot):
-        """QEMU's word, after quit(), that the images are clean and hold the snapshot, if any."""
+        """QEMU's word that the closed images are clean and hold the snapshot, if any."""
         for image in self.images:
             self.qemu.img("check", "-q", self.qemu.inner(image))
         if snapshot is None:
@@ -228,6 +233,7 @@ class BareVM:
             self.process.kill()
         self.process.wait()
         self.process = self.qmp = None
+        self.images = []
 
     def remove_files(self):
         shutil.rmtree(self.folder, ignore_errors=True)

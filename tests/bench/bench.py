@@ -2,12 +2,13 @@
 """Measures saves side by side:  ./dev bench [--quick] [--rounds N] [--ram 2G] [--dir FOLDER]
 
 In each round every contestant runs once, in an order that turns from round to round: fio, QEMU's own
-savevm, and qvmstate. Each run has a fresh image and a fresh QEMU, starts with synced disks and (as
-root) an empty page cache, and ends with an fsync of the image, which is part of its time. Rates are
-bytes that the image or the file grew by, over the seconds of the whole command. "of fio" compares
-with the mean of the fio runs before and after, among which each round's contestants are spread. CPU
-seconds are those of the process that does the work, a GiB of RAM that is not zero. Numbers in the
-tables are medians.
+savevm, and qvmstate. Each run has a fresh image, starts with synced disks and (as root) an empty page
+cache, and ends with an fsync of the image, which is part of its time; those that can share a QEMU
+do, a fresh one in each round. Rates are bytes that the image or the file grew by, over the seconds of
+the whole command. "of fio" compares with the mean of the fio runs before and after, among which each
+round's contestants are spread. What takes longer than a minute and a half altogether, by what its
+first run took, runs only once. CPU seconds are those of the process that does the work, a GiB of RAM
+that is not zero. Numbers in the tables are medians.
 
 Prints Markdown; build/bench.json gets every single number. Exit status: 0 all bars passed, 1 not."""
 
@@ -55,7 +56,8 @@ ZERO_PERCENT = 90
 SCATTER_SEED = 20
 CHANNELS = 2
 CHANNELS_SWEPT = (1, 4)
-FIO_GROUP = 8  # contestants between two runs of fio
+FIO_GROUP = 4  # contestants between two runs of fio
+SECONDS_MAX = 90  # of one contestant in all rounds, or it runs once
 # kind: savevm and migrate are QEMU's own, plugin and attach ours; to: the image, or a file beside it;
 # content: of the RAM, all random or 90 % zero pages.
 Contestant = collections.namedtuple("Contestant", "key kind qemu cache layout to channels content",
@@ -262,25 +264,28 @@ class Bench:
                if contestant.layout == "mapped-ram" else [])
         return ["save", *what, *where, *how]
 
-    def run_vm(self, contestant, ram_mib=None, random_mib=None, saves=1, metadata_disk_gib=0):
-        """Starts a VM, saves it, has QEMU check the result; returns one measurement a save."""
+    @contextlib.contextmanager
+    def started_vm(self, contestant, ram_mib=None, random_mib=None):
         random_mib = random_mib or self.options.ram
         vm = BareVM(self.qemus[contestant.qemu], os.path.join(self.folder, "vm"),
                     ram_mib or random_mib + LOADED_AT_MIB,
-                    self.random_files(random_mib, contestant.content), contestant.cache,
-                    self.plugin if contestant.kind == "plugin" else None, metadata_disk_gib,
+                    self.random_files(random_mib, contestant.content),
+                    self.plugin if contestant.kind == "plugin" else None,
                     contestant.content == "random")
         try:
-            vm.start()
-            runs = [self.save(vm, contestant, f"bench{number}") for number in range(saves)]
-            vm.quit()
-            vm.check("bench0" if contestant.to == "image" else None)
-            if contestant.to == "file":
-                vm.check_file()
-            return runs
+            yield vm.start()
         finally:
             vm.quit()
             vm.remove_files()
+
+    def run(self, vm, contestant, saves=1, metadata_disk_gib=0):
+        """Saves into fresh images and has QEMU check the result; one measurement a save."""
+        vm.insert_disks(contestant.cache, metadata_disk_gib)
+        runs = [self.save(vm, contestant, f"bench{number}") for number in range(saves)]
+        if contestant.to == "file":
+            vm.check_file()
+        vm.remove_disks("bench0" if contestant.to == "image" else None)
+        return runs
 
     def clean_up(self):
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -311,6 +316,50 @@ def describe_machine(folder):
             f"Linux {platform.release()}")
 
 
+def vm_of(contestant):
+    """Contestants with the same one can share a VM."""
+    return contestant.qemu, contestant.kind == "plugin", contestant.content
+
+
+def order_of(contestants, number):
+    """Of one round: those of a VM together, VMs and contestants turned on by one each round."""
+    groups = {}
+    for contestant in contestants:
+        groups.setdefault(vm_of(contestant), []).append(contestant)
+    turned = turn(list(groups.values()), number)
+    return [contestant for group in turned for contestant in turn(group, number)]
+
+
+def turn(items, number):
+    at = number % len(items)
+    return items[at:] + items[:at]
+
+
+class SharedVM:
+    """The VM of the last contestant, for the next one if it can have the same."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.kind = None
+        self.vm = None
+        self.stack = contextlib.ExitStack()
+
+    def measure(self, contestant):
+        try:
+            if self.kind != vm_of(contestant):
+                self.close()
+                self.vm = self.stack.enter_context(self.bench.started_vm(contestant))
+                self.kind = vm_of(contestant)
+            return self.bench.run(self.vm, contestant)[0]
+        except BaseException:
+            self.close()  # nobody knows in which state it is
+            raise
+
+    def close(self):
+        self.kind = None
+        self.stack.close()
+
+
 def collect_main(bench, rounds, wanted):
     """{contestant: [a measurement a round]}, {contestant: why it has none}"""
     runs = {"fio": []}
@@ -323,18 +372,19 @@ def collect_main(bench, rounds, wanted):
             contestants.append(contestant)
             runs[contestant.key] = []
     for number in range(rounds):
-        order = contestants[number % len(contestants):] + contestants[:number % len(contestants)]
+        order = [contestant for contestant in order_of(contestants, number)
+                 if contestant.key not in problems and
+                 (number == 0 or runs[contestant.key][0]["seconds"] * rounds < SECONDS_MAX)]
+        shared = SharedVM(bench)
         last = bench.run_fio()
         for at in range(0, len(order), FIO_GROUP):
             first = last
             measured = {}
             for contestant in order[at:at + FIO_GROUP]:
                 key = contestant.key
-                if key in problems:
-                    continue
                 progress(f"round {number + 1} of {rounds}: {key}")
                 try:
-                    measured[key] = bench.run_vm(contestant)[0]
+                    measured[key] = shared.measure(contestant)
                 except (RuntimeError, OSError, TimeoutError, ValueError, QmpError) as error:
                     problems[key] = f"failed: {error}"
                     progress(problems[key])
@@ -345,6 +395,7 @@ def collect_main(bench, rounds, wanted):
                 run["of_fio"] = run["rate"] / fio["rate"]
                 run["round"] = number
                 runs[key].append(run)
+        shared.close()
     return runs, problems
 
 
@@ -521,8 +572,9 @@ def large_guest(bench, rounds, bars):
         for i in range(rounds):
             for name, ram in (("small", touched + LOADED_AT_MIB), ("large", large)):
                 progress(f"large guest, round {i + 1} of {rounds}: {kind} {qemu} {name}")
-                runs[name] += bench.run_vm(Contestant("large", kind, qemu), ram_mib=ram,
-                                           random_mib=touched)
+                contestant = Contestant("large", kind, qemu)
+                with bench.started_vm(contestant, ram, touched) as vm:
+                    runs[name] += bench.run(vm, contestant)
         small, big = median(runs["small"], "seconds"), median(runs["large"], "seconds")
         memory = max(run["memory_mib"] for run in runs["large"])
         title = f"{kind}, QEMU {bench.release(qemu)}"
@@ -543,9 +595,9 @@ def metadata_disk(bench, rounds, bars):
     attach = Contestant("metadata", "attach", "newest")
     for i in range(rounds):
         progress(f"metadata disk, round {i + 1} of {rounds}")
-        runs["without"] += bench.run_vm(attach, random_mib=random_mib)
-        first, second = bench.run_vm(attach, random_mib=random_mib, saves=2,
-                                     metadata_disk_gib=disk_gib)
+        with bench.started_vm(attach, random_mib=random_mib) as vm:
+            runs["without"] += bench.run(vm, attach)
+            first, second = bench.run(vm, attach, saves=2, metadata_disk_gib=disk_gib)
         runs["first"].append(first)
         runs["second"].append(second)
     print(f"\nA second disk of {disk_gib} GiB, preallocation=metadata (attach, QEMU "

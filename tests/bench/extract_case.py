@@ -42,6 +42,7 @@ def measure(bench, rounds, progress, quiet_machine):
                     bench.options.ram + LOADED_AT_MIB, bench.random_files(bench.options.ram))
         try:
             vm.start()
+            vm.insert_disks()
             bench.run_qvmstate(["save", "s", "--qmp", vm.path("tool.sock"), "--layout", layout])
             vm.quit()
             for i in range(rounds):
