@@ -8,6 +8,7 @@
 #include "qcow2/io/buffer_pool.h"
 #include "qcow2/io/stream_buffer.h"
 #include "vmstate/legacy_writer.h"
+#include "vmstate/state_checksum.h"
 
 namespace qvmstate::abi {
 namespace {
@@ -23,7 +24,9 @@ class LegacyState : public StateWriter {
     QV_ASSIGN(state->pool_, io::BufferPool::create());
     QV_ASSIGN(state->file_, plan.session.another_file(transfers_max));
     state->file_->backend().register_buffers(state->pool_->memory());
-    state->out_.emplace(*state->file_, *state->pool_, plan.transaction.vmstate());
+    state->out_.emplace(
+        *state->file_, *state->pool_, plan.transaction.vmstate(), io::FlushHook(),
+        [digest = &state->digest_](std::span<const std::byte> data) { digest->add(data); });
     QV_ASSIGN(state->writer_,
               vmstate::LegacyWriter::begin(*state->out_, plan.configuration, state->blocks_, {}));
     return state;
@@ -42,7 +45,8 @@ class LegacyState : public StateWriter {
   }
 
   Result<vmstate::StreamStats> finish(std::span<const vmstate::DeviceSection> sections) override {
-    QV_ASSIGN(const vmstate::StreamStats stats, writer_->finish(sections));
+    QV_ASSIGN(vmstate::StreamStats stats, writer_->finish(sections));
+    stats.checksum = digest_.finish();
     if (plan_.release != nullptr) {
       release_landed();
     }
@@ -106,6 +110,7 @@ class LegacyState : public StateWriter {
 
   StatePlan plan_;
   std::vector<vmstate::RamBlock> blocks_;
+  vmstate::StreamDigest digest_;
   std::optional<io::BufferPool> pool_;
   std::unique_ptr<io::File> file_;
   std::optional<io::StreamBuffer> out_;

@@ -19,6 +19,7 @@ class MappedState : public StateWriter {
     options.all_pages_present = true;
     options.depth = transfers_max;
     options.ram_changes = plan.live;
+    options.checksum = !plan.live;
     if (plan.release != nullptr) {
       options.on_landed = [release = plan.release](size_t block, uint64_t offset, uint64_t bytes) {
         release->landed(block, offset, bytes);

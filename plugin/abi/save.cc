@@ -12,6 +12,7 @@
 #include "vmstate/channel_count.h"
 #include "vmstate/mapped_ram_reader.h"
 #include "vmstate/section_scan.h"
+#include "vmstate/state_checksum.h"
 
 namespace qvmstate::abi {
 namespace {
@@ -254,6 +255,9 @@ Outcome<qvmstate_save_report> Save::commit() {
   QV_TRY(pace_.check());
   const uint64_t state_bytes = writer_->written_bytes();
   writer_.reset();
+  if (stats.checksum) {
+    transaction_->set_more_extra(vmstate::format_checksum(*stats.checksum));
+  }
   QV_TRY(transaction_->commit(stats.stream_bytes));
   qvmstate_save_report report = {};
   report.ram_bytes = stats.ram_bytes;

@@ -99,6 +99,10 @@ class UnicornHost(bed.BedTest):
         self.assert_image_is_sound("one")
         self.assert_runs_on(arch)
         self.assert_read_by_the_command(arch, layout, ram)
+        # In mapped-ram, pages that were sent again lie over others that were hashed already.
+        expected = "none" if way == "live" and layout == "mapped-ram" else "right"
+        checked = json.loads(self.tool("check", self.image, "one", "--format", "json"))
+        self.assertEqual(checked["states"][0]["checksum"], expected, checked)
 
     def assert_read_by_the_command(self, arch, layout, ram):
         stream = json.loads(self.tool("info", self.image, "one", "--format", "json"))["stream"]

@@ -78,6 +78,9 @@ TEST_P(Layouts, TheCommandReadsIt) {
   for (const char *word : {"toy-1.0", "main.ram", "video", "timer"}) {
     EXPECT_NE(info.output.find(word), std::string::npos) << info.output;
   }
+  const auto checked = run_command({QVMSTATE_COMMAND, "check", image.path(), "state"});
+  EXPECT_EQ(checked.status, 0) << checked.output;
+  EXPECT_NE(checked.output.find("checksum: right"), std::string::npos) << checked.output;
   const std::string out = image.folder().path("main.ram");
   const auto extracted = run_command(
       {QVMSTATE_COMMAND, "extract", image.path(), "state", "--as", "block", "main.ram", "-o", out});
