@@ -22,7 +22,7 @@ constexpr uint64_t chunk_bytes_min = 1 * mib;
 constexpr uint64_t batch_bytes = 256 * kib;
 // Zero pages between two others are written with them where that saves a write: a disk does about
 // 100,000 a second, whatever their size. Of one page in ten this makes one in eight.
-constexpr uint64_t bridged_bytes_max = 8 * kib;
+constexpr uint64_t bridged_bytes_max = 16 * kib;
 
 // Written over pages that became zero.
 alignas(4096) constexpr std::byte zero_page[page_bytes_max] = {};
