@@ -46,6 +46,7 @@ class Plan {
   uint64_t output_bytes() const { return output_bytes_; }
   std::vector<size_t> blocks() const {
     std::vector<size_t> blocks;
+    blocks.reserve(parts_.size());
     for (const auto &[block, parts] : parts_) {
       blocks.push_back(block);
     }

@@ -16,7 +16,6 @@
 #include "plugin/abi/sink.h"
 #include "plugin/abi/structs.h"
 
-using qvmstate::abi::Failure;
 using qvmstate::abi::Load;
 using qvmstate::abi::Outcome;
 using qvmstate::abi::Save;

@@ -73,6 +73,7 @@ uint32_t SectionList::unused_id(const vmstate::BuiltSection &section) {
 
 std::vector<vmstate::DeviceSection> SectionList::sections() const {
   std::vector<vmstate::DeviceSection> list;
+  list.reserve(sections_.size());
   for (const vmstate::BuiltSection &section : sections_) {
     list.push_back(section.section());
   }

@@ -183,6 +183,7 @@ Result<void> GivenDescriptors::check() const {
 Result<std::vector<int>> GivenDescriptors::release() {
   QV_TRY(check());
   std::vector<int> numbers;
+  numbers.reserve(owned_.size());
   for (Descriptor &descriptor : owned_) {
     numbers.push_back(descriptor.release());
   }

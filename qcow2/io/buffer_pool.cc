@@ -91,6 +91,7 @@ void BufferPool::give_back(Buffer &buffer) {
 
 std::vector<std::span<std::byte>> BufferPool::memory() const {
   std::vector<std::span<std::byte>> spans;
+  spans.reserve(buffers_.size());
   for (const Buffer &buffer : buffers_) {
     spans.emplace_back(buffer.data, buffer.capacity);
   }

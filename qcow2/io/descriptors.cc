@@ -393,7 +393,11 @@ Result<Descriptors> Descriptors::duplicate(const std::string &name) const {
   other.is_block_device_ = is_block_device_;
   for (const auto &[from, to] :
        {std::pair(buffered_, &other.buffered_), std::pair(direct_, &other.direct_)}) {
-    if (from >= 0 && (*to = ::fcntl(from, F_DUPFD_CLOEXEC, 0)) < 0) {
+    if (from < 0) {
+      continue;
+    }
+    *to = ::fcntl(from, F_DUPFD_CLOEXEC, 0);
+    if (*to < 0) {
       return fail_errno(errno, name + ": cannot duplicate descriptor " + std::to_string(from));
     }
   }
