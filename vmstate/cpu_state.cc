@@ -151,7 +151,7 @@ Result<std::vector<CpuState>> read_cpus(StreamSource &source, const StreamSummar
                       stream.machine_type +
                       "' is none of an x86-64 or aarch64 CPU that is known here");
     }
-    cpus.push_back(std::move(*cpu));
+    cpus.push_back(*cpu);
   }
   if (cpus.empty()) {
     return fail(ErrorCode::not_supported, "machine type '" + stream.machine_type +
