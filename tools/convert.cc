@@ -1,8 +1,8 @@
 // convert: the VM state of a snapshot in another layout, compressed or not compressed any more.
 //
 // The snapshot keeps its disk, id, name and date. One header write puts the new state into the
-// place of the old one, so that a crash leaves the one or the other. With another layout and
-// --compress there are two such writes, first the one of the layout.
+// place of the old one, so that a crash leaves the one or the other. With --compress and another
+// layout, or pages that QEMU sent encoded, there are two such writes: the other one comes first.
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -47,7 +47,7 @@ Result<vmstate::StateChecksum> write_plain(qcow2::Image &image, const CheckedSna
                                           .all_pages_present = true,
                                           .checksum = true};
   vmstate::StreamStats stats;
-  if (layout == vmstate::Layout::legacy && state.stream.layout == layout) {
+  if (vmstate::can_be_copied(state.stream, layout)) {
     QV_ASSIGN(auto opened, state.opener());
     QV_ASSIGN(const auto source, vmstate::ReadAheadSource::create(std::move(opened)));
     edit.expect_stream_bytes(state.stream.stream_bytes);
@@ -107,7 +107,8 @@ Result<Converted> convert(const ConvertCommand &command) {
   QV_ASSIGN(CheckedSnapshot state, checked_snapshot(image, command.name));
   const vmstate::Layout layout = command.layout.value_or(state.stream.layout);
   Converted converted;
-  if (!command.compress || layout != state.stream.layout) {
+  if (!command.compress || layout != state.stream.layout ||
+      !vmstate::has_plain_pages(state.stream)) {
     QV_ASSIGN(converted, convert_once(image, state, layout, command, false));
     if (command.compress) {
       QV_ASSIGN(state, checked_snapshot(image, command.name));

@@ -65,7 +65,7 @@ Result<Exported> export_state(const ExportCommand &command) {
                                           .fixed = &placement,
                                           .start_bytes = head.size()};
   vmstate::StreamStats stats;
-  if (exported.layout == vmstate::Layout::legacy && state.stream.layout == exported.layout) {
+  if (vmstate::can_be_copied(state.stream, exported.layout)) {
     QV_ASSIGN(auto source, state.opener());
     QV_ASSIGN(const auto ahead, vmstate::ReadAheadSource::create(std::move(source)));
     QV_ASSIGN(stats, vmstate::copy_stream(*ahead, StreamOffset(0), state.stream.stream_bytes,

@@ -172,7 +172,7 @@ Result<Imported> import_state(const ImportCommand &command) {
                                           .all_pages_present = true,
                                           .checksum = true};
   vmstate::StreamStats stats;
-  if (imported.layout == vmstate::Layout::legacy && summary.layout == imported.layout) {
+  if (vmstate::can_be_copied(summary, imported.layout)) {
     QV_ASSIGN(auto source, opener());
     QV_ASSIGN(const auto ahead, vmstate::ReadAheadSource::create(std::move(source)));
     save->expect_stream_bytes(summary.stream_bytes);

@@ -3,6 +3,7 @@
 // Exit status: 0 done, 1 refused or failed, 2 wrong usage.
 #include <CLI/CLI.hpp>
 #include <csignal>
+#include <new>
 #include <sstream>
 
 #include "tools/arguments.h"
@@ -160,5 +161,11 @@ int main(int argc, char **argv) {
   // A closed pipe or socket is an error that a write returns.
   signal(SIGPIPE, SIG_IGN);
   qvmstate::tools::guard_standard_descriptors();
-  return qvmstate::tools::run(argc, argv);
+  try {
+    return qvmstate::tools::run(argc, argv);
+  } catch (const std::bad_alloc &) {
+    // What a damaged file says of its size may be more than there is.
+    qvmstate::tools::write_stderr("qvmstate: there is not enough memory for this\n");
+    return qvmstate::tools::exit_failed;
+  }
 }

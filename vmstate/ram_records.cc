@@ -1,7 +1,5 @@
 #include "vmstate/ram_records.h"
 
-#include <zlib.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -9,7 +7,6 @@
 
 #include "qcow2/io/endian.h"
 #include "vmstate/stream_format.h"
-#include "vmstate/xbzrle.h"
 
 namespace qvmstate::vmstate {
 namespace {
@@ -222,79 +219,73 @@ Result<void> RamRecords::read_page(uint64_t flags, uint64_t offset) {
   if (offset >= block.used_bytes || block.used_bytes - offset < summary_.page_bytes) {
     return cursor_.bad("a page past the end of RAM block \"" + block.idstr + "\"");
   }
-  std::span<const std::byte> data;
-  switch (flags & ~ram_continue) {
-    case ram_zero: {
-      QV_ASSIGN(data, read_filled());
-      break;
-    }
-    case ram_compress_page: {
-      QV_ASSIGN(data, read_compressed());
-      break;
-    }
-    case ram_xbzrle: {
-      QV_ASSIGN(data, read_difference(offset));
-      break;
-    }
-    default: {
-      QV_ASSIGN(data, cursor_.take(summary_.page_bytes));
-      if (hooks_.place) {
-        hooks_.place(StreamOffset(cursor_.tell() - summary_.page_bytes));
-      }
-      break;
-    }
+  QV_ASSIGN(const Encoded encoded, take_encoded(flags & ~ram_continue));
+  if (hooks_.place) {
+    hooks_.place({StreamOffset(cursor_.tell() - encoded.bytes.size()),
+                  static_cast<uint32_t>(encoded.bytes.size()), encoded.coding});
   }
+  QV_ASSIGN(const auto data, decode(encoded, offset));
   (data.empty() ? summary_.zero_pages : summary_.data_pages) += 1;
+  summary_.compressed_pages += encoded.coding == PageCoding::compressed;
+  summary_.xbzrle_pages += encoded.coding == PageCoding::difference;
   block.page_records += 1;
   return hooks_.page ? hooks_.page(block_, offset, summary_.page_bytes, data) : Result<void>{};
 }
 
+Result<RamRecords::Encoded> RamRecords::take_encoded(uint64_t kind) {
+  Encoded encoded;
+  uint64_t bytes = summary_.page_bytes;
+  switch (kind) {
+    case ram_zero: {
+      encoded.coding = PageCoding::filled;
+      bytes = 1;
+      break;
+    }
+    case ram_compress_page: {
+      encoded.coding = PageCoding::compressed;
+      QV_ASSIGN(bytes, cursor_.take_integer<uint32_t>());
+      if (bytes > summary_.page_bytes + compressed_surplus_max) {
+        return cursor_.bad("a compressed page of " + std::to_string(bytes) + " bytes");
+      }
+      break;
+    }
+    case ram_xbzrle: {
+      encoded.coding = PageCoding::difference;
+      QV_ASSIGN(const uint8_t encoding, cursor_.take_integer<uint8_t>());
+      QV_ASSIGN(bytes, cursor_.take_integer<uint16_t>());
+      if (encoding != xbzrle_encoding || bytes > summary_.page_bytes) {
+        return cursor_.bad("an XBZRLE page of " + std::to_string(bytes) + " bytes in encoding " +
+                           std::to_string(encoding));
+      }
+      break;
+    }
+    default:
+      break;
+  }
+  QV_ASSIGN(encoded.bytes, cursor_.take(bytes));
+  return encoded;
+}
+
 /// Empty: zeros.
-Result<std::span<const std::byte>> RamRecords::read_filled() {
-  QV_ASSIGN(const uint8_t fill, cursor_.take_integer<uint8_t>());
-  if (fill == 0) {
+Result<std::span<const std::byte>> RamRecords::decode(const Encoded &encoded, uint64_t offset) {
+  if (encoded.coding == PageCoding::plain) {
+    return encoded.bytes;
+  }
+  if (encoded.coding == PageCoding::filled && encoded.bytes[0] == std::byte{0}) {
     return std::span<const std::byte>();
   }
-  piece_.assign(summary_.page_bytes, static_cast<std::byte>(fill));
-  return std::span<const std::byte>(piece_);
-}
-
-Result<std::span<const std::byte>> RamRecords::read_compressed() {
-  QV_ASSIGN(const uint32_t bytes, cursor_.take_integer<uint32_t>());
-  if (bytes > summary_.page_bytes + compressed_surplus_max) {
-    return cursor_.bad("a compressed page of " + std::to_string(bytes) + " bytes");
-  }
-  QV_ASSIGN(const auto compressed, cursor_.take(bytes));
-  piece_.resize(summary_.page_bytes);
-  uLongf inflated_bytes = piece_.size();
-  const int status = uncompress(reinterpret_cast<Bytef *>(piece_.data()), &inflated_bytes,
-                                reinterpret_cast<const Bytef *>(compressed.data()), bytes);
-  if (status != Z_OK || inflated_bytes != piece_.size()) {
-    return cursor_.bad("a compressed page that does not inflate to one");
-  }
-  summary_.compressed_pages += 1;
-  return std::span<const std::byte>(piece_);
-}
-
-Result<std::span<const std::byte>> RamRecords::read_difference(uint64_t offset) {
-  QV_ASSIGN(const uint8_t encoding, cursor_.take_integer<uint8_t>());
-  QV_ASSIGN(const uint16_t bytes, cursor_.take_integer<uint16_t>());
-  if (encoding != xbzrle_encoding || bytes > summary_.page_bytes) {
-    return cursor_.bad("an XBZRLE page of " + std::to_string(bytes) + " bytes in encoding " +
-                       std::to_string(encoding));
-  }
-  if (hooks_.page && !hooks_.page_now) {
-    return cursor_.not_decoded("an XBZRLE page, which changes an earlier one,");
-  }
   piece_.assign(summary_.page_bytes, std::byte{0});
-  if (hooks_.page) {
+  if (encoded.coding == PageCoding::difference && hooks_.page) {
+    if (!hooks_.page_now) {
+      return cursor_.not_decoded("an XBZRLE page, which changes an earlier one,");
+    }
     QV_TRY(hooks_.page_now(block_, offset, piece_));
   }
-  QV_ASSIGN(const auto encoded, cursor_.take(bytes));
-  if (!apply_xbzrle(encoded, piece_)) {
-    return cursor_.bad("an XBZRLE page that cannot be decoded");
+  if (!decode_page(encoded.coding, encoded.bytes, piece_)) {
+    return cursor_.bad(encoded.coding == PageCoding::difference
+                           ? "an XBZRLE page that cannot be decoded"
+                           : "a compressed page that does not inflate to one");
   }
-  summary_.xbzrle_pages += 1;
   return std::span<const std::byte>(piece_);
 }
 

@@ -1,8 +1,7 @@
 // The records of the RAM section: the list of blocks, and pages in all the ways that QEMU wrote
 // them over the years.
 //
-// A page comes as it is, as one byte that fills it, compressed by zlib (QEMU before 9.1), or as its
-// difference to what it held before (XBZRLE). Later records supersede earlier ones.
+// A page comes in one of the ways of page_coding.h. Later records supersede earlier ones.
 // Source of the facts: QEMU migration/ram.c, docs/devel/migration.
 #pragma once
 
@@ -14,6 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "vmstate/page_coding.h"
 #include "vmstate/stream_cursor.h"
 #include "vmstate/stream_reader.h"
 
@@ -44,9 +44,12 @@ class RamRecords {
   Result<void> read_mapped_pages();
   Result<void> report_mapped_run(size_t block, uint64_t offset, const MappedRun &run);
   Result<void> read_page(uint64_t flags, uint64_t offset);
-  Result<std::span<const std::byte>> read_filled();
-  Result<std::span<const std::byte>> read_compressed();
-  Result<std::span<const std::byte>> read_difference(uint64_t offset);
+  struct Encoded {
+    PageCoding coding = PageCoding::plain;
+    std::span<const std::byte> bytes = {};  ///< valid until the cursor moves on
+  };
+  Result<Encoded> take_encoded(uint64_t kind);
+  Result<std::span<const std::byte>> decode(const Encoded &encoded, uint64_t offset);
   Result<void> find_page_bytes();
   struct Walk;
   Walk walk_records(std::span<const std::byte> ahead, uint64_t page_bytes) const;

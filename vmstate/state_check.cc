@@ -89,13 +89,18 @@ Result<std::optional<StreamSummary>> check_structure(StreamSource &source, const
   bool is_legacy = true;
   StreamHooks hooks;
   hooks.page = [&](size_t block, uint64_t offset, uint64_t page_bytes, std::span<const std::byte>) {
-    coverage.note(block, offset / page_bytes);
+    if (is_legacy) {
+      coverage.note(block, offset / page_bytes);
+    }
     return Result<void>();
   };
-  hooks.blocks = [&](const StreamSummary &so_far) {
+  hooks.blocks = [&](const StreamSummary &so_far) -> Result<void> {
     is_legacy = so_far.layout == Layout::legacy;
-    coverage.begin(so_far);
-    return Result<void>();
+    QV_TRY(check_room_for_pages(so_far, source.bytes_max()));
+    if (is_legacy) {
+      coverage.begin(so_far);
+    }
+    return {};
   };
   // What a page held before does not matter for its being there.
   hooks.page_now = [](size_t, uint64_t, std::span<std::byte>) { return Result<void>(); };

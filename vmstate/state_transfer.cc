@@ -60,6 +60,11 @@ Result<StreamStats> write_mapped(const StoredState &state, RamSource &ram,
 
 Result<StreamStats> write_state_anew(const StoredState &state, Layout layout,
                                      const TransferTarget &target, const TransferHook &hook) {
+  if (state.summary().machine_type.empty()) {
+    return fail(ErrorCode::not_supported,
+                "vmstate stream: has no configuration section (machine types up to 2.3), and cannot "
+                "be written anew; let QEMU load it and save it anew");
+  }
   QV_ASSIGN(const auto ram, state.ram());
   if (layout == Layout::mapped_ram) {
     return write_mapped(state, *ram, target, hook);
@@ -71,6 +76,10 @@ Result<StreamStats> write_state_anew(const StoredState &state, Layout layout,
                                                    [&](uint64_t) { return hook(); }));
   out.put_checksum(stats);
   return stats;
+}
+
+bool can_be_copied(const StreamSummary &stream, Layout layout) {
+  return layout == Layout::legacy && stream.layout == layout && has_plain_pages(stream);
 }
 
 Result<StreamStats> copy_stream(StreamSource &source, StreamOffset start, uint64_t bytes,

@@ -28,6 +28,9 @@ using TransferHook = std::function<Result<void>()>;
 Result<StreamStats> write_state_anew(const StoredState &state, Layout layout,
                                      const TransferTarget &target, const TransferHook &hook);
 
+/// Whether a copy of the stream is as good as writing it anew in this layout.
+bool can_be_copied(const StreamSummary &stream, Layout layout);
+
 /// The `bytes` from `start` on, for targets of a sequential stream.
 Result<StreamStats> copy_stream(StreamSource &source, StreamOffset start, uint64_t bytes,
                                 const TransferTarget &target, const TransferHook &hook);

@@ -62,8 +62,8 @@ class StoredState::Ram : public RamSource {
     }
     const uint64_t *places = &state_.pages_[block][offset / page_bytes_];
     for (size_t i = 0; i < count;) {
-      if (places[i] == page_is_zero) {
-        std::memset(to + i * stride, 0, page_bytes);
+      if (places[i] == page_is_zero || (places[i] & page_is_encoded) != 0) {
+        QV_TRY(read_other(places[i], {to + i * stride, page_bytes}));
         ++i;
         continue;
       }
@@ -94,6 +94,31 @@ class StoredState::Ram : public RamSource {
     return *map_;
   }
 
+  /// A page of zeros, or one that does not stand in the stream as it is.
+  Result<void> read_other(uint64_t place, std::span<std::byte> page) {
+    chain_.clear();
+    while ((place & page_is_encoded) != 0) {
+      const EncodedPage &encoded = state_.encoded_[place & ~page_is_encoded];
+      chain_.push_back(&encoded);
+      place = encoded.coding == PageCoding::difference ? encoded.before : page_is_zero;
+    }
+    if (place == page_is_zero) {
+      std::ranges::fill(page, std::byte{0});
+    } else {
+      QV_TRY(source_->read(StreamOffset(place), page));
+    }
+    for (; !chain_.empty(); chain_.pop_back()) {
+      const EncodedPage &encoded = *chain_.back();
+      QV_TRY(read_scratch(StreamOffset(encoded.place), encoded.bytes));
+      if (!decode_page(encoded.coding, std::span(scratch_).first(encoded.bytes), page)) {
+        return fail(ErrorCode::bad_stream, "vmstate stream: the page at byte " +
+                                               std::to_string(encoded.place) +
+                                               " is another one now: the file was changed");
+      }
+    }
+    return {};
+  }
+
   Result<void> read_scratch(StreamOffset at, uint64_t bytes) {
     scratch_.resize(std::max<size_t>(scratch_.size(), bytes));
     return source_->read(at, std::span(scratch_).first(bytes));
@@ -103,6 +128,7 @@ class StoredState::Ram : public RamSource {
   std::unique_ptr<StreamSource> source_;
   const uint64_t page_bytes_;
   std::vector<std::byte> scratch_;
+  std::vector<const EncodedPage *> chain_;  ///< of a page, the last one first
   std::optional<size_t> map_block_;
   std::optional<MappedBlockMap> map_;
 };
@@ -122,39 +148,52 @@ Result<std::unique_ptr<StoredState>> StoredState::open(SourceOpener open_source,
   return state;
 }
 
+Result<void> StoredState::begin_blocks(const StreamSummary &so_far, uint64_t stream_bytes_max) {
+  QV_TRY(check_room_for_pages(so_far, stream_bytes_max));
+  for (const StreamBlock &block : so_far.blocks) {
+    if (block.used_bytes % so_far.page_bytes != 0) {
+      return fail(ErrorCode::bad_stream, "vmstate stream: RAM block '" + block.idstr +
+                                             "' has a part of a page; it is damaged");
+    }
+    if (so_far.layout == Layout::legacy) {
+      pages_.emplace_back(block.used_bytes / so_far.page_bytes, page_is_missing);
+    }
+  }
+  return {};
+}
+
+Result<void> StoredState::note_page(uint64_t &page, const PagePlace &place) {
+  if (place.coding == PageCoding::plain) {
+    page = place.offset.value;
+    return {};
+  }
+  if (place.coding == PageCoding::difference && page == page_is_missing) {
+    return fail(ErrorCode::bad_stream, "vmstate stream: the difference (XBZRLE) before byte " +
+                                           std::to_string(place.offset.value) +
+                                           " is to a page that has no record");
+  }
+  encoded_.push_back({place.offset.value, page, place.bytes, place.coding});
+  page = page_is_encoded | (encoded_.size() - 1);
+  return {};
+}
+
 Result<void> StoredState::read_all(StreamSource &source, StreamOffset start) {
-  std::optional<StreamOffset> place;
-  const PageHook on_page = [&](size_t block, uint64_t offset, uint64_t page_bytes,
-                               std::span<const std::byte> data) -> Result<void> {
+  PagePlace place;
+  StreamHooks hooks;
+  hooks.page = [&](size_t block, uint64_t offset, uint64_t page_bytes,
+                   std::span<const std::byte> data) -> Result<void> {
     uint64_t &page = pages_[block][offset / page_bytes];
     if (data.empty()) {
       page = page_is_zero;
       return {};
     }
-    if (!place) {
-      return fail(ErrorCode::not_supported,
-                  "vmstate stream: a page of RAM is not stored as it is (XBZRLE or compressed); "
-                  "let QEMU load it and save it anew");
-    }
-    page = std::exchange(place, std::nullopt)->value;
-    return {};
+    return note_page(page, place);
   };
-  const BlocksHook on_blocks = [&](const StreamSummary &so_far) -> Result<void> {
-    for (const StreamBlock &block : so_far.blocks) {
-      if (block.used_bytes % so_far.page_bytes != 0) {
-        return fail(ErrorCode::bad_stream, "vmstate stream: RAM block '" + block.idstr +
-                                               "' has a part of a page; it is damaged");
-      }
-      if (so_far.layout == Layout::legacy) {
-        pages_.emplace_back(block.used_bytes / so_far.page_bytes, page_is_missing);
-      }
-    }
-    return {};
+  const BlocksHook on_blocks = [&](const StreamSummary &so_far) {
+    return begin_blocks(so_far, source.bytes_max());
   };
   // The pages of mapped-ram are not of interest yet; a hook for them would read them.
   bool is_legacy = true;
-  StreamHooks hooks;
-  hooks.page = on_page;
   hooks.blocks = [&](const StreamSummary &so_far) -> Result<void> {
     is_legacy = so_far.layout == Layout::legacy;
     if (!is_legacy) {
@@ -162,9 +201,9 @@ Result<void> StoredState::read_all(StreamSource &source, StreamOffset start) {
     }
     return on_blocks(so_far);
   };
-  // A page that is a difference has no place, and on_page refuses it.
+  // Whether a difference is valid does not hang on what it is applied to.
   hooks.page_now = [](size_t, uint64_t, std::span<std::byte>) { return Result<void>(); };
-  hooks.place = [&](StreamOffset at) { place = at; };
+  hooks.place = [&](const PagePlace &at) { place = at; };
   auto summary = read_stream(source, start, hooks);
   if (!is_legacy) {
     summary = read_stream(source, {}, start, on_blocks);

@@ -1,8 +1,9 @@
 // A VM state that is stored in a stream of either layout, as the writers take one: RAM that can be
 // read anywhere, and the device sections.
 //
-// Of a legacy stream it takes one pass to know where each page is: 8 bytes a page are kept. Of a
-// mapped-ram stream nothing but its bitmaps is read ahead of need.
+// Of a legacy stream it takes one pass to know where each page is: 8 bytes a page are kept, and 24
+// more for each record that does not hold its page as it is. Of a mapped-ram stream nothing but its
+// bitmaps is read ahead of need.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,7 @@ namespace qvmstate::vmstate {
 /// Threads: any, once it is open.
 class StoredState {
  public:
-  /// Refuses streams that do not tell every page of RAM, and those whose pages are not all stored
-  /// as they are (XBZRLE, compressed pages).
+  /// Refuses streams that do not tell every page of RAM.
   static Result<std::unique_ptr<StoredState>> open(SourceOpener open_source,
                                                    StreamOffset start = {});
 
@@ -40,9 +40,20 @@ class StoredState {
   class Ram;
   static constexpr uint64_t page_is_zero = 0;  // no page lies at the start of a stream
   static constexpr uint64_t page_is_missing = UINT64_MAX;
+  static constexpr uint64_t page_is_encoded = uint64_t{1} << 63;  // the rest is an index
+
+  /// A record that does not hold its page as it is.
+  struct EncodedPage {
+    uint64_t place;
+    uint64_t before;  ///< what pages_ said when it came: a difference needs it
+    uint32_t bytes;
+    PageCoding coding;
+  };
 
   StoredState() = default;
   Result<void> read_all(StreamSource &source, StreamOffset start);
+  Result<void> begin_blocks(const StreamSummary &so_far, uint64_t stream_bytes_max);
+  Result<void> note_page(uint64_t &page, const PagePlace &place);
   Result<void> check_all_pages() const;
   Result<void> read_devices(StreamSource &source);
 
@@ -51,6 +62,7 @@ class StoredState {
   std::vector<RamBlock> blocks_;
   /// Of a legacy stream: where in it each page of each block is.
   std::vector<std::vector<uint64_t>> pages_;
+  std::vector<EncodedPage> encoded_;
   std::vector<std::vector<std::byte>> device_bytes_;
   std::vector<DeviceSection> devices_;
 };

@@ -348,6 +348,25 @@ Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook, St
   return read_stream(source, start, {.page = hook, .blocks = blocks_hook});
 }
 
+bool has_plain_pages(const StreamSummary &stream) {
+  return stream.compressed_pages == 0 && stream.xbzrle_pages == 0;
+}
+
+Result<void> check_room_for_pages(const StreamSummary &stream, uint64_t stream_bytes_max) {
+  constexpr uint64_t record_bytes_min = 8 + 1;  // of a zero page
+  uint64_t pages_max = stream_bytes_max / record_bytes_min;
+  for (const StreamBlock &block : stream.blocks) {
+    const uint64_t pages = block.used_bytes / stream.page_bytes;
+    if (stream.layout == Layout::legacy && pages > pages_max) {
+      return fail(ErrorCode::bad_stream,
+                  "vmstate stream: RAM block '" + block.idstr +
+                      "' has more pages than the stream has room for; it is cut short or damaged");
+    }
+    pages_max -= std::min(pages, pages_max);
+  }
+  return {};
+}
+
 bool is_left_out(const StreamSummary &stream, size_t block) {
   return stream.blocks[block].page_records == 0 &&
          std::ranges::find(stream.capabilities, ignore_shared_capability) !=

@@ -12,6 +12,7 @@
 #include "qcow2/io/offsets.h"
 #include "qcow2/io/result.h"
 #include "vmstate/mapped_block.h"
+#include "vmstate/page_coding.h"
 #include "vmstate/stream_source.h"
 
 namespace qvmstate::vmstate {
@@ -67,8 +68,14 @@ using BlocksHook = std::function<Result<void>(const StreamSummary &so_far)>;
 using PageNowHook =
     std::function<Result<void>(size_t block, uint64_t offset, std::span<std::byte> to)>;
 
-/// Called before the page hook for each page of a legacy stream that is stored as it is: where.
-using PlaceHook = std::function<void(StreamOffset place)>;
+/// What a record of a legacy stream says of a page, and where.
+struct PagePlace {
+  StreamOffset offset;
+  uint32_t bytes = 0;
+  PageCoding coding = PageCoding::plain;
+};
+/// Called for each page of a legacy stream, before the page hook.
+using PlaceHook = std::function<void(const PagePlace &place)>;
 
 /// Each may be empty. A page that comes as a difference (XBZRLE) is refused where `page` is there
 /// and `page_now` is not.
@@ -86,6 +93,14 @@ Result<StreamSummary> read_stream(StreamSource &source, StreamOffset start,
                                   const StreamHooks &hooks);
 Result<StreamSummary> read_stream(StreamSource &source, const PageHook &hook = {},
                                   StreamOffset start = {}, const BlocksHook &blocks_hook = {});
+
+/// Whether every page stands in the stream as it is: every QEMU loads those, whatever its
+/// capabilities; compressed ones none from 9.1 on.
+bool has_plain_pages(const StreamSummary &stream);
+
+/// Refuses a legacy stream whose blocks have more pages than fit as records into so many bytes: a
+/// damaged size would ask for any amount of memory. To ask when the blocks are known.
+Result<void> check_room_for_pages(const StreamSummary &stream, uint64_t stream_bytes_max);
 
 /// Whether the stream leaves out a block (x-ignore-shared): its memory is somewhere else. To ask
 /// when the stream was read to its end.
