@@ -12,7 +12,8 @@
 namespace qvmstate::vmstate {
 namespace {
 
-constexpr uint64_t cpu_bytes_max = 1 * mib;  // QEMU's have some KiB
+constexpr uint64_t cpu_bytes_max = 1 * mib;     // QEMU's have some KiB
+constexpr uint64_t hflags_long_mode = 1 << 14;  // QEMU's copy of EFER.LMA
 constexpr size_t arm_r15 = 15;
 constexpr uint64_t arm_state_32_bit = 0x10;  // of pstate
 
@@ -84,6 +85,7 @@ std::optional<X86Cpu> x86_cpu(Fields fields) {
   cpu.tr = fields.segment("env.tr");
   cpu.gdt = fields.segment("env.gdt");
   cpu.idt = fields.segment("env.idt");
+  cpu.in_long_mode = (fields.number("env.hflags") & hflags_long_mode) != 0;
   cpu.control = {fields.number("env.cr[0]"), 0, fields.number("env.cr[2]"),
                  fields.number("env.cr[3]"), fields.number("env.cr[4]")};
   if (!fields.complete()) {

@@ -28,6 +28,7 @@ struct X86Cpu {
   X86Segment ldt, tr, gdt, idt;
   std::array<uint64_t, 5> control = {};  ///< cr1 is always 0
   uint64_t kernel_gs_base = 0;
+  bool in_long_mode = false;  ///< otherwise it is a 32-bit CPU for now
 };
 
 struct ArmCpu {

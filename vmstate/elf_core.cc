@@ -17,6 +17,10 @@ struct X86Registers {
   uint64_t r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip,
       cs, rflags, rsp, ss, fs_base, gs_base, ds, es, fs, gs;
 };
+/// Of 32-bit CPUs; selectors have 16 bits and 16 of padding.
+struct I386Registers {
+  uint32_t ebx, ecx, edx, esi, edi, ebp, eax, ds, es, fs, gs, orig_eax, eip, cs, eflags, esp, ss;
+};
 struct ArmRegisters {
   uint64_t x[31], sp, pc, pstate;
 };
@@ -33,6 +37,16 @@ struct Prstatus {
 };
 static_assert(sizeof(Prstatus<X86Registers>) == 336);
 static_assert(sizeof(Prstatus<ArmRegisters>) == 392);
+
+/// The same of 32-bit x86.
+struct I386Prstatus {
+  std::byte before_pid[24] = {};
+  uint32_t pid = 0;
+  std::byte before_registers[44] = {};
+  I386Registers registers = {};
+  uint32_t fp_valid = 0;
+};
+static_assert(sizeof(I386Prstatus) == 144);
 
 struct QemuSegment {
   uint32_t selector, limit, flags, padding;
@@ -51,6 +65,7 @@ static_assert(sizeof(QemuState) == 440);
 // X86Cpu::registers and segments.
 enum : size_t { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 };
 enum : size_t { es, cs, ss, ds, fs, gs };
+constexpr uint32_t selector_mask = 0xffff;
 
 template <class T>
 void append(std::vector<std::byte> &out, const T &value) {
@@ -82,6 +97,30 @@ Prstatus<X86Registers> prstatus(const X86Cpu &cpu) {
       r[rdx],         r[rsi],         r[rdi],         0,          cpu.rip,    s[cs].selector,
       cpu.rflags,     r[rsp],         s[ss].selector, s[fs].base, s[gs].base, s[ds].selector,
       s[es].selector, s[fs].selector, s[gs].selector};
+  return status;
+}
+
+I386Prstatus i386_prstatus(const X86Cpu &cpu) {
+  I386Prstatus status;
+  const auto low = [&cpu](size_t number) { return static_cast<uint32_t>(cpu.registers[number]); };
+  const auto &s = cpu.segments;
+  status.registers = {low(rbx),
+                      low(rcx),
+                      low(rdx),
+                      low(rsi),
+                      low(rdi),
+                      low(rbp),
+                      low(rax),
+                      s[ds].selector & selector_mask,
+                      s[es].selector & selector_mask,
+                      s[fs].selector & selector_mask,
+                      s[gs].selector & selector_mask,
+                      0,
+                      static_cast<uint32_t>(cpu.rip),
+                      s[cs].selector & selector_mask,
+                      static_cast<uint32_t>(cpu.rflags),
+                      low(rsp),
+                      s[ss].selector & selector_mask};
   return status;
 }
 
@@ -129,17 +168,28 @@ QemuState qemu_state(const X86Cpu &cpu) {
   return state;
 }
 
+Elf64_Half machine_of(const CpuState &cpu) {
+  const auto *const x86 = std::get_if<X86Cpu>(&cpu.registers);
+  return x86 == nullptr ? EM_AARCH64 : x86->in_long_mode ? EM_X86_64 : EM_386;
+}
+
+void append_prstatus(std::vector<std::byte> &notes, auto status, uint32_t index) {
+  status.pid = index + 1;
+  append_note(notes, "CORE", NT_PRSTATUS, status);
+}
+
 /// First the registers of all CPUs, then the notes "QEMU" of all.
-std::vector<std::byte> format_notes(std::span<const CpuState> cpus) {
+std::vector<std::byte> format_notes(std::span<const CpuState> cpus, Elf64_Half machine) {
   std::vector<std::byte> notes;
   for (const CpuState &cpu : cpus) {
-    std::visit(
-        [&](const auto &registers) {
-          auto status = prstatus(registers);
-          status.pid = cpu.index + 1;
-          append_note(notes, "CORE", NT_PRSTATUS, status);
-        },
-        cpu.registers);
+    if (const auto *const x86 = std::get_if<X86Cpu>(&cpu.registers);
+        x86 != nullptr && machine == EM_386) {
+      append_prstatus(notes, i386_prstatus(*x86), cpu.index);
+    } else {
+      std::visit(
+          [&](const auto &registers) { append_prstatus(notes, prstatus(registers), cpu.index); },
+          cpu.registers);
+    }
   }
   for (const CpuState &cpu : cpus) {
     if (const auto *const registers = std::get_if<X86Cpu>(&cpu.registers)) {
@@ -149,40 +199,88 @@ std::vector<std::byte> format_notes(std::span<const CpuState> cpus) {
   return notes;
 }
 
+struct Elf32 {
+  using Header = Elf32_Ehdr;
+  using ProgramHeader = Elf32_Phdr;
+  using Word = uint32_t;
+  static constexpr unsigned char file_class = ELFCLASS32;
+};
+struct Elf64 {
+  using Header = Elf64_Ehdr;
+  using ProgramHeader = Elf64_Phdr;
+  using Word = uint64_t;
+  static constexpr unsigned char file_class = ELFCLASS64;
+};
+
+/// In a class whose words have room for all of it.
+template <class Elf>
+std::vector<std::byte> format_headers(Elf64_Half machine, std::span<const RamPiece> pieces,
+                                      uint64_t notes_bytes) {
+  using Word = typename Elf::Word;
+  typename Elf::Header header = {};
+  std::memcpy(header.e_ident, ELFMAG, SELFMAG);
+  header.e_ident[EI_CLASS] = Elf::file_class;
+  header.e_ident[EI_DATA] = ELFDATA2LSB;
+  header.e_ident[EI_VERSION] = EV_CURRENT;
+  header.e_type = ET_CORE;
+  header.e_machine = machine;
+  header.e_version = EV_CURRENT;
+  header.e_phoff = sizeof header;
+  header.e_ehsize = sizeof header;
+  header.e_phentsize = sizeof(typename Elf::ProgramHeader);
+  header.e_phnum = static_cast<uint16_t>(pieces.size() + 1);
+
+  std::vector<std::byte> head;
+  append(head, header);
+  const auto append_segment = [&head](uint32_t type, uint32_t flags, uint64_t offset,
+                                      uint64_t address, uint64_t bytes) {
+    typename Elf::ProgramHeader segment = {};
+    segment.p_type = type;
+    segment.p_flags = flags;
+    segment.p_offset = static_cast<Word>(offset);
+    segment.p_vaddr = static_cast<Word>(address);
+    segment.p_paddr = static_cast<Word>(address);
+    segment.p_filesz = static_cast<Word>(bytes);
+    segment.p_memsz = static_cast<Word>(bytes);
+    append(head, segment);
+  };
+  append_segment(PT_NOTE, 0, sizeof header + (pieces.size() + 1) * header.e_phentsize, 0,
+                 notes_bytes);
+  uint64_t offset = elf_head_bytes;
+  for (const RamPiece &piece : pieces) {
+    append_segment(PT_LOAD, PF_R | PF_W | PF_X, offset, piece.address, piece.bytes);
+    offset += piece.bytes;
+  }
+  return head;
+}
+
+bool fits_32_bits(std::span<const RamPiece> pieces) {
+  uint64_t end = elf_head_bytes;
+  for (const RamPiece &piece : pieces) {
+    end += piece.bytes;
+    if (piece.address + piece.bytes > UINT32_MAX) {
+      return false;
+    }
+  }
+  return end <= UINT32_MAX;
+}
+
 }  // namespace
 
 Result<std::vector<std::byte>> format_elf_head(std::span<const RamPiece> pieces,
                                                std::span<const CpuState> cpus) {
   assert(!cpus.empty());
-  const std::vector<std::byte> notes = format_notes(cpus);
-  const uint64_t notes_offset = sizeof(Elf64_Ehdr) + (pieces.size() + 1) * sizeof(Elf64_Phdr);
-  if (pieces.size() + 1 >= PN_XNUM || notes_offset + notes.size() > elf_head_bytes) {
+  const Elf64_Half machine = machine_of(cpus[0]);
+  const std::vector<std::byte> notes = format_notes(cpus, machine);
+  const uint64_t headers_bytes_max = sizeof(Elf64_Ehdr) + (pieces.size() + 1) * sizeof(Elf64_Phdr);
+  if (pieces.size() + 1 >= PN_XNUM || headers_bytes_max + notes.size() > elf_head_bytes) {
     return fail(ErrorCode::not_supported,
                 std::to_string(cpus.size()) + " CPUs and " + std::to_string(pieces.size()) +
                     " pieces of memory are more than the head of the core has room for");
   }
-  Elf64_Ehdr header = {};
-  std::memcpy(header.e_ident, ELFMAG, SELFMAG);
-  header.e_ident[EI_CLASS] = ELFCLASS64;
-  header.e_ident[EI_DATA] = ELFDATA2LSB;
-  header.e_ident[EI_VERSION] = EV_CURRENT;
-  header.e_type = ET_CORE;
-  header.e_machine = std::holds_alternative<X86Cpu>(cpus[0].registers) ? EM_X86_64 : EM_AARCH64;
-  header.e_version = EV_CURRENT;
-  header.e_phoff = sizeof header;
-  header.e_ehsize = sizeof header;
-  header.e_phentsize = sizeof(Elf64_Phdr);
-  header.e_phnum = static_cast<Elf64_Half>(pieces.size() + 1);
-
-  std::vector<std::byte> head;
-  append(head, header);
-  append(head, Elf64_Phdr{PT_NOTE, 0, notes_offset, 0, 0, notes.size(), notes.size(), 0});
-  uint64_t offset = elf_head_bytes;
-  for (const RamPiece &piece : pieces) {
-    append(head, Elf64_Phdr{PT_LOAD, PF_R | PF_W | PF_X, offset, piece.address, piece.address,
-                            piece.bytes, piece.bytes, 0});
-    offset += piece.bytes;
-  }
+  std::vector<std::byte> head = machine == EM_386 && fits_32_bits(pieces)
+                                    ? format_headers<Elf32>(machine, pieces, notes.size())
+                                    : format_headers<Elf64>(machine, pieces, notes.size());
   head.insert(head.end(), notes.begin(), notes.end());
   return head;
 }

@@ -3,10 +3,11 @@
 //
 // What differs from QEMU's: the notes have a fixed room, so that memory can be written before the
 // CPUs are known (a stream tells them last); the virtual addresses of PT_LOAD are the physical
-// ones, so that gdb reads memory by them; a 32-bit guest's CPUs come as 64-bit ones; aarch64 has no
-// floating-point registers.
-// Source of the facts: the System V ABI, Linux <elf.h>, QEMU target/i386/arch_dump.c and
-// target/arm/arch_dump.c (NT_PRSTATUS, and the note "QEMU" of x86).
+// ones, so that gdb reads memory by them; aarch64 has no floating-point registers.
+// As in QEMU's, x86 CPUs are 32-bit ones if the first of them is not in long mode, and the file is
+// a 64-bit one if 32 bits do not tell where memory lies. Source of the facts: the System V ABI,
+// Linux <elf.h>, QEMU target/i386/arch_dump.c and target/arm/arch_dump.c (NT_PRSTATUS, and the note
+// "QEMU" of x86).
 #pragma once
 
 #include <cstddef>

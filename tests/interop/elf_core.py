@@ -3,27 +3,34 @@
 import struct
 
 PT_LOAD, PT_NOTE = 1, 4
-MACHINES = {62: "x86_64", 183: "aarch64"}
-HEADER = "<16sHHIQQQIHHHHHH"
-PROGRAM_HEADER = "<IIQQQQQQ"
+MACHINES = {3: "i386", 62: "x86_64", 183: "aarch64"}
+# Of each class: the header, a program header, and of this where offset, address and bytes are.
+CLASSES = {1: ("<16sHHIIIIIHHHHHH", "<IIIIIIII", (1, 3, 4)),
+           2: ("<16sHHIQQQIHHHHHH", "<IIQQQQQQ", (2, 4, 5))}
 
 
 class Core:
     def __init__(self, path):
         self.path = path
         with open(path, "rb") as file:
-            head = struct.unpack(HEADER, file.read(struct.calcsize(HEADER)))
-            if head[0][:7] != b"\x7fELF\x02\x01\x01" or head[1] != 4:
-                raise ValueError(f"{path}: no little-endian 64-bit core: {head}")
+            ident = file.read(16)
+            if ident[:4] != b"\x7fELF" or ident[4] not in CLASSES or ident[5:7] != b"\x01\x01":
+                raise ValueError(f"{path}: no little-endian ELF file: {ident}")
+            header, program_header, (offset, address, size) = CLASSES[ident[4]]
+            file.seek(0)
+            head = struct.unpack(header, file.read(struct.calcsize(header)))
+            if head[1] != 4:
+                raise ValueError(f"{path}: no core: {head}")
+            self.bits = 32 * ident[4]
             self.machine = MACHINES[head[2]]
             file.seek(head[5])
-            segments = [struct.unpack(PROGRAM_HEADER, file.read(head[9])) for _ in range(head[10])]
+            segments = [struct.unpack(program_header, file.read(head[9])) for _ in range(head[10])]
             notes, = [segment for segment in segments if segment[0] == PT_NOTE]
-            file.seek(notes[2])
-            self.notes = list(self.split_notes(file.read(notes[5])))
+            file.seek(notes[offset])
+            self.notes = list(self.split_notes(file.read(notes[size])))
         # (physical address, bytes, offset in the file)
-        self.loads = sorted((segment[4], segment[5], segment[2]) for segment in segments
-                            if segment[0] == PT_LOAD)
+        self.loads = sorted((segment[address], segment[size], segment[offset])
+                            for segment in segments if segment[0] == PT_LOAD)
 
     @staticmethod
     def split_notes(data):

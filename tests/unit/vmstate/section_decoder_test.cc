@@ -97,12 +97,12 @@ TEST(SectionDecoder, WhatDoesNotFitIsRaw) {
 }
 
 /// The section "cpu" of x86 up to what a core needs; each value tells its field.
-Bytes x86_body() {
+Bytes x86_body(uint32_t hflags = 0x4000) {  // LMA
   Bytes body;
   for (uint64_t i = 0; i < 16; ++i) {
     body.u64(0x1000 + i);  // rax rcx rdx rbx rsp rbp rsi rdi r8...
   }
-  body.u64(0x2000).u64(0x202).u32(0x4000);  // rip, rflags, hflags
+  body.u64(0x2000).u64(0x202).u32(hflags);  // rip, rflags
   body.u64(0x037f000000000000);             // fpuc, fpus, fptag, format
   body.blob(Blob(80));                      // fpregs
   for (uint32_t i = 0; i < 10; ++i) {       // es cs ss ds fs gs ldt tr gdt idt
@@ -115,7 +115,8 @@ Bytes x86_body() {
   return body;
 }
 
-std::vector<std::byte> elf_of(const std::string &machine, const Bytes &body, uint32_t version) {
+std::vector<std::byte> elf_of(const std::string &machine, const Bytes &body, uint32_t version,
+                              uint64_t high_address = 0x100000000) {
   StreamSummary stream;
   stream.machine_type = machine;
   stream.devices = {{"cpu", 1, version, 0, body.done().size()}};
@@ -125,7 +126,7 @@ std::vector<std::byte> elf_of(const std::string &machine, const Bytes &body, uin
     ADD_FAILURE() << cpus.error().message;
     return {};
   }
-  const std::vector<RamPiece> pieces = {{0, 0, 0x1000, 0}, {0, 0x1000, 0x2000, 0x100000000}};
+  const std::vector<RamPiece> pieces = {{0, 0, 0x1000, 0}, {0, 0x1000, 0x2000, high_address}};
   return format_elf_head(pieces, *cpus).value();
 }
 
@@ -160,6 +161,40 @@ TEST(ElfCore, X86ByTheBuiltInLayout) {
   EXPECT_EQ(le64(head, qemu + 8 + 18 * 8 + 16), 0x3001);            // cs: base
   EXPECT_EQ(le64(head, qemu + 392 + 3 * 8), 0xc3);                  // cr3
   EXPECT_EQ(le64(head, qemu + 432), 0x6b6b);                        // kernel_gs_base
+}
+
+uint32_t le32(const std::vector<std::byte> &bytes, size_t at) {
+  uint32_t value = 0;
+  std::memcpy(&value, &bytes.at(at + 3) - 3, 4);
+  return value;
+}
+
+TEST(ElfCore, X86OutsideOfLongMode) {
+  for (const bool is_high : {false, true}) {
+    const auto head =
+        elf_of("pc-q35-7.2", x86_body(0), 12, is_high ? 0x100000000 : uint64_t{0x80000000});
+    const size_t headers = is_high ? 64 + 3 * 56 : 52 + 3 * 32;
+    ASSERT_EQ(head.size(), headers + 12 + 8 + 144 + 12 + 8 + 440);
+    EXPECT_EQ(le32(head, 4) & 0xff, is_high ? 2U : 1U);  // class
+    EXPECT_EQ(le32(head, 16), 0x0003'0004U);             // ET_CORE, EM_386
+    if (!is_high) {
+      // The second PT_LOAD: offset, virtual and physical address, size.
+      EXPECT_EQ(le32(head, 52 + 2 * 32 + 4), 4 * mib + 0x1000);
+      EXPECT_EQ(le32(head, 52 + 2 * 32 + 8), 0x80000000U);
+      EXPECT_EQ(le32(head, 52 + 2 * 32 + 12), 0x80000000U);
+      EXPECT_EQ(le32(head, 52 + 2 * 32 + 16), 0x2000U);
+    }
+    const size_t prstatus = headers + 20;
+    EXPECT_EQ(le32(head, prstatus + 24), 2U);                          // pid: CPU 1
+    EXPECT_EQ(le32(head, prstatus + 72), 0x1003U);                     // ebx
+    EXPECT_EQ(le32(head, prstatus + 72 + 6 * 4), 0x1000U);             // eax
+    EXPECT_EQ(le32(head, prstatus + 72 + 7 * 4), 0x13U);               // ds
+    EXPECT_EQ(le32(head, prstatus + 72 + 12 * 4), 0x2000U);            // eip
+    EXPECT_EQ(le32(head, prstatus + 72 + 13 * 4), 0x11U);              // cs
+    EXPECT_EQ(le32(head, prstatus + 72 + 15 * 4), 0x1004U);            // esp
+    EXPECT_EQ(le32(head, prstatus + 72 + 16 * 4), 0x12U);              // ss
+    EXPECT_EQ(le64(head, prstatus + 144 + 20 + 8 + 16 * 8), 0x2000U);  // rip of the note "QEMU"
+  }
 }
 
 TEST(ElfCore, Aarch64InBothStates) {
