@@ -13,6 +13,7 @@ struct CpuLayout {
 };
 
 extern const CpuLayout x86_64_cpu_layout;
+extern const CpuLayout i386_cpu_layout;  ///< of qemu-system-i386
 extern const CpuLayout aarch64_cpu_layout;
 
 }  // namespace qvmstate::vmstate

@@ -183,12 +183,24 @@ bool tells_fields(const DecodedJson &device) {
          !list(device, "subsections").empty();
 }
 
-const CpuLayout *layout_for(const StreamSummary &stream) {
+std::vector<const CpuLayout *> layouts_for(const StreamSummary &stream) {
   const std::string_view machine = stream.machine_type;
   if (machine.starts_with("pc-") || machine == "microvm") {
-    return &x86_64_cpu_layout;
+    return {&x86_64_cpu_layout, &i386_cpu_layout};
   }
-  return is_arm_virt(stream) ? &aarch64_cpu_layout : nullptr;
+  if (is_arm_virt(stream)) {
+    return {&aarch64_cpu_layout};
+  }
+  return {};
+}
+
+/// Which x86 CPU it is nothing tells, but where one has its flags, the other has segments. Of the
+/// flags bit 1 is always set, and these never.
+bool has_impossible_flags(const DecodedJson &fields) {
+  constexpr uint64_t always_set = 0x2;
+  constexpr uint64_t never_set = ~uint64_t{0x3fffff} | 0x8028;
+  const auto flags = number(fields, "env.eflags");
+  return flags && (*flags & (always_set | never_set)) != always_set;
 }
 
 }  // namespace
@@ -208,10 +220,10 @@ SectionDecoder::SectionDecoder(const StreamSummary &stream) {
   if (stream.vmdescription.size() <= description_bytes_max) {
     description_ = DecodedJson::parse(stream.vmdescription, nullptr, false);
   }
-  if (const CpuLayout *const layout = layout_for(stream)) {
-    cpu_layout_ = {{"version_min", layout->version_min},
-                   {"version_max", layout->version_max},
-                   {"fields", DecodedJson::parse(layout->fields)}};
+  for (const CpuLayout *const layout : layouts_for(stream)) {
+    cpu_layouts_.push_back({{"version_min", layout->version_min},
+                            {"version_max", layout->version_max},
+                            {"fields", DecodedJson::parse(layout->fields)}});
   }
 }
 
@@ -238,12 +250,14 @@ DecodedJson SectionDecoder::decode(const StreamSection &section,
       return out;
     }
   }
-  if (section.idstr == "cpu" && cpu_layout_.is_object() &&
-      section.version >= number(cpu_layout_, "version_min") &&
-      section.version <= number(cpu_layout_, "version_max")) {
+  for (const DecodedJson &layout : cpu_layouts_) {
+    if (section.idstr != "cpu" || section.version < number(layout, "version_min") ||
+        section.version > number(layout, "version_max")) {
+      continue;
+    }
     Walk walk(body);
     DecodedJson fields = DecodedJson::object();
-    if (walk.fields(list(cpu_layout_, "fields"), fields, 0)) {
+    if (walk.fields(list(layout, "fields"), fields, 0) && !has_impossible_flags(fields)) {
       out["fields"] = std::move(fields);
       out["rest"] = to_hex(walk.left());
       return out;

@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "vmstate/stream_reader.h"
 
@@ -32,7 +33,7 @@ class SectionDecoder {
 
  private:
   DecodedJson description_;
-  DecodedJson cpu_layout_;  ///< null: of an unknown CPU
+  std::vector<DecodedJson> cpu_layouts_;  ///< empty: of an unknown CPU
 };
 
 }  // namespace qvmstate::vmstate

@@ -61,9 +61,10 @@ Result<StreamStats> write_mapped(const StoredState &state, RamSource &ram,
 Result<StreamStats> write_state_anew(const StoredState &state, Layout layout,
                                      const TransferTarget &target, const TransferHook &hook) {
   if (state.summary().machine_type.empty()) {
-    return fail(ErrorCode::not_supported,
-                "vmstate stream: has no configuration section (machine types up to 2.3), and cannot "
-                "be written anew; let QEMU load it and save it anew");
+    return fail(
+        ErrorCode::not_supported,
+        "vmstate stream: has no configuration section (machine types up to 2.3), and cannot "
+        "be written anew; let QEMU load it and save it anew");
   }
   QV_ASSIGN(const auto ram, state.ram());
   if (layout == Layout::mapped_ram) {

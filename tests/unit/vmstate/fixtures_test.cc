@@ -40,6 +40,8 @@ const Fixture fixtures[] = {
     {"72-microvm-no-footers", "microvm", Layout::legacy, microvm, 8 * mib, 10},
     {"72-microvm-no-configuration", "", Layout::legacy, microvm, 8 * mib, 10},
     {"72-virt", "virt-7.2", Layout::legacy, arm, 8 * mib, 10},
+    {"72-i386", "pc-i440fx-7.2", Layout::legacy, pc, 8 * mib, 20},
+    {"newest-i386", "pc-i440fx-11.1", Layout::legacy, pc, 8 * mib, 20},
     {"100-pc", "pc-i440fx-10.0", Layout::legacy, pc, 8 * mib, 20},
     {"100-microvm-mapped", "microvm", Layout::mapped_ram, microvm, 8 * mib, 10},
     {"100-microvm-xbzrle", "microvm", Layout::legacy, microvm, 8 * mib, 10, 0, 64},

@@ -197,6 +197,28 @@ TEST(ElfCore, X86OutsideOfLongMode) {
   }
 }
 
+TEST(ElfCore, I386ByTheBuiltInLayout) {
+  Bytes body;
+  for (uint32_t i = 0; i < 8; ++i) {
+    body.u32(0x1000 + i);  // eax ecx edx ebx esp ebp esi edi
+  }
+  body.u32(0x2000).u32(0x202).u32(0x00c0);                      // eip, eflags, hflags
+  body.u64(0x037f000000000000);                                 // fpuc, fpus, fptag, format
+  body.blob(Blob(80));                                          // fpregs
+  for (uint32_t i = 0; i < 10; ++i) {                           // es cs ss ds fs gs ldt tr gdt idt
+    body.u32(0x10 + i).u32(0).u32(0xffffffff).u32(0xa000 + i);  // selector base limit flags
+  }
+  body.u32(0).u32(0).u32(0);                     // sysenter
+  body.u32(0xc0).u32(0xc2).u32(0xc3).u32(0xc4);  // cr0 cr2 cr3 cr4
+  const auto head = elf_of("pc-q35-7.2", body.blob(Blob(2000)), 12, 0x80000000);
+  ASSERT_EQ(head.size(), 52 + 3 * 32 + 12 + 8 + 144 + 12 + 8 + 440U);
+  const size_t prstatus = 52 + 3 * 32 + 20;
+  EXPECT_EQ(le32(head, prstatus + 72), 0x1003U);                   // ebx
+  EXPECT_EQ(le32(head, prstatus + 72 + 12 * 4), 0x2000U);          // eip
+  EXPECT_EQ(le32(head, prstatus + 72 + 13 * 4), 0x11U);            // cs
+  EXPECT_EQ(le64(head, prstatus + 144 + 20 + 392 + 3 * 8), 0xc3);  // cr3 of the note "QEMU"
+}
+
 TEST(ElfCore, Aarch64InBothStates) {
   for (const bool is_32_bit : {false, true}) {
     Bytes body;
