@@ -11,11 +11,12 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.dirname(os.path.dirname(HERE))
 # Bytes of the longest input, in which a target's interesting structures fit.
-TARGETS = {"image": 1 << 17, "stream": 1 << 15, "sections": 1 << 14}
+TARGETS = {"image": 1 << 17, "stream": 1 << 15, "stored_state": 1 << 15, "sections": 1 << 14}
 PAGE = 4096
 RAM_ID = 2
 
@@ -68,8 +69,15 @@ def seeds():
            footer(RAM_ID))
     json = b'{"page_size": 4096, "devices": []}'
     tail = b"\x00\x06" + struct.pack(">I", len(json)) + json
-    yield "stream", "mapped", mapped_stream(magic + configuration, tail)
-    yield "stream", "small", magic + configuration + start + end + device_sections() + tail
+    difference = struct.pack(">QBHBB", PAGE | 0x40 | 0x20, 1, 4, 3, 2) + b"xy"
+    packed = zlib.compress(bytes(range(256)) * (PAGE // 256))
+    compressed = struct.pack(">QI", 0x100 | 0x20, len(packed)) + packed
+    encoded = (b"\x03" + struct.pack(">I", RAM_ID) + zero + page + difference + compressed +
+               difference + struct.pack(">Q", 0x10) + footer(RAM_ID))
+    for target in ("stream", "stored_state"):
+        yield target, "mapped", mapped_stream(magic + configuration, tail)
+        yield target, "small", magic + configuration + start + end + device_sections() + tail
+        yield target, "encoded", magic + configuration + start + encoded + device_sections() + tail
 
 
 def main():

@@ -2,12 +2,10 @@
 // must not crash, every page that is reported must lie in its block, and the parallel reader of
 // mapped-ram must report the same pages as the reader of streams.
 
-#include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <string>
+#include <span>
 
+#include "tests/fuzz/stream_input.h"
 #include "vmstate/mapped_ram_reader.h"
 #include "vmstate/stream_reader.h"
 
@@ -15,44 +13,15 @@ namespace {
 
 using namespace qvmstate;
 
-class Bytes : public vmstate::StreamSource {
- public:
-  Bytes(const uint8_t *data, size_t size) : data_(data), size_(size) {}
-  Result<void> read(StreamOffset offset, std::span<std::byte> to) override {
-    if (offset.value > size_ || to.size() > size_ - offset.value) {
-      return fail(ErrorCode::bad_stream, "fuzz: the stream ends");
-    }
-    std::memcpy(to.data(), data_ + offset.value, to.size());
-    return {};
-  }
-  uint64_t bytes_max() const override { return size_; }
-
- private:
-  const uint8_t *data_;
-  size_t size_;
-};
-
-/// Order of pages does not matter in this sum; what and where they are does.
-uint64_t page_sum(size_t block, uint64_t offset, std::span<const std::byte> page) {
-  uint64_t sum = block * 31 + offset;
-  for (const std::byte byte : page) {
-    sum = sum * 1099511628211ULL + static_cast<uint64_t>(byte);
-  }
-  return sum;
-}
-
-uint64_t mapped_sum(const vmstate::StreamSummary &summary, const uint8_t *data, size_t size) {
+uint64_t mapped_sum(const vmstate::StreamSummary &summary, std::span<const uint8_t> input) {
   uint64_t sum = 0;
   const auto done = vmstate::read_mapped_ram(
-      summary,
-      [&]() -> Result<std::unique_ptr<vmstate::StreamSource>> {
-        return std::make_unique<Bytes>(data, size);
-      },
+      summary, fuzz::opener_of(input),
       [&](size_t, size_t block, uint64_t offset, std::span<const std::byte> pages,
           uint64_t bytes) -> Result<void> {
         for (uint64_t at = 0; at < bytes; at += summary.page_bytes) {
-          sum += page_sum(block, offset + at,
-                          pages.empty() ? pages : pages.subspan(at, summary.page_bytes));
+          sum += fuzz::page_hash(block, offset + at,
+                                 pages.empty() ? pages : pages.subspan(at, summary.page_bytes));
         }
         return {};
       });
@@ -65,7 +34,8 @@ uint64_t mapped_sum(const vmstate::StreamSummary &summary, const uint8_t *data, 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-  Bytes source(data, size);
+  const std::span input(data, size);
+  fuzz::Input source(input);
   uint64_t sum = 0;
   vmstate::StreamHooks hooks;
   hooks.page = [&](size_t block, uint64_t offset, uint64_t page_bytes,
@@ -74,7 +44,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         (!page.empty() && page.size() != page_bytes)) {
       abort();
     }
-    sum += page_sum(block, offset, page);
+    sum += fuzz::page_hash(block, offset, page);
     return {};
   };
   hooks.page_now = [](size_t, uint64_t, std::span<std::byte>) -> Result<void> { return {}; };
@@ -83,7 +53,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     abort();
   }
   if (summary && summary->layout == vmstate::Layout::mapped_ram && !summary->blocks.empty() &&
-      mapped_sum(*summary, data, size) != sum) {
+      mapped_sum(*summary, input) != sum) {
     abort();
   }
   return 0;
