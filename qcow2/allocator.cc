@@ -30,6 +30,7 @@ Result<Allocator> Allocator::scan(const Image &image) {
   allocator.grown_bytes_ = allocator.original_bytes_;
   allocator.device_ = image.file().backend().is_block_device();
   QV_TRY(allocator.scan_blocks());
+  QV_TRY(allocator.check_own_tables());
   return allocator;
 }
 
@@ -59,7 +60,22 @@ void Allocator::note_free(uint64_t first, uint64_t count) {
   free_.push_back({first, count});
 }
 
+Result<void> Allocator::check_blocks_differ() const {
+  std::vector<uint64_t> blocks = image_->refcount_table();
+  std::ranges::sort(blocks);
+  const auto twice = std::adjacent_find(blocks.begin(), blocks.end(),
+                                        [](uint64_t a, uint64_t b) { return a == b && a != 0; });
+  if (twice != blocks.end()) {
+    return fail(ErrorCode::bad_image, image_->name() + ": the refcount block at offset " +
+                                          std::to_string(*twice) +
+                                          " is in the refcount table twice: the image is damaged; "
+                                          "repair it with `qemu-img check -r all`");
+  }
+  return {};
+}
+
 Result<void> Allocator::scan_blocks() {
+  QV_TRY(check_blocks_differ());
   const Geometry &geometry = image_->geometry();
   const uint64_t per_block = geometry.refcount_block_entries();
   const uint64_t piece_bytes = std::min(scan_piece_bytes, geometry.cluster_bytes());
@@ -94,7 +110,7 @@ Result<void> Allocator::scan_blocks() {
     }
   }
   tail_ = free_from;
-  return check_own_tables();
+  return {};
 }
 
 Result<void> Allocator::check_own_tables() const {

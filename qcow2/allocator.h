@@ -58,6 +58,9 @@ class Allocator {
  private:
   explicit Allocator(const Image &image) : image_(&image) {}
   Result<void> scan_blocks();
+  /// Refuses a refcount table that names a block twice: a table of a MiB could have us read 256
+  /// GiB.
+  Result<void> check_blocks_differ() const;
   /// Refuses an image whose refcounts call its own tables free: they would be overwritten. (QEMU
   /// looks for such overlaps before each write.)
   Result<void> check_own_tables() const;

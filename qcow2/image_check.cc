@@ -143,37 +143,49 @@ class Checker {
     }
   }
 
-  // Counting references.
+  // Counting references. A table that overlaps with another is not followed: what a file can make
+  // us read stays in proportion to its size.
 
-  /// Counts `times` references to each cluster of a range. False, and damage: it lies past the end
-  /// of the file.
-  bool count(uint64_t offset, uint64_t bytes, uint32_t times, uint32_t flags,
-             const std::string &what) {
+  /// What a range of the file turned out to be.
+  enum class Counted : uint8_t {
+    good,
+    overlaps,  ///< with something that was counted before, which was said
+    outside,   ///< past the end of the file, which was said
+  };
+
+  /// Counts `times` references to each cluster of a range.
+  Counted count(uint64_t offset, uint64_t bytes, uint32_t times, uint32_t flags,
+                const std::string &what) {
     if (bytes == 0) {
-      return true;
+      return Counted::good;
     }
     const uint64_t end_max = round_up(file_bytes_, geometry_.cluster_bytes());
     if (offset >= end_max || bytes > end_max - offset) {
       damage(what + " points to " + std::to_string(bytes) + " bytes at offset " +
              std::to_string(offset) + ", past the " + std::to_string(file_bytes_) +
              " bytes of the file");
-      return false;
+      return Counted::outside;
     }
+    uint64_t overlaps = 0;
+    uint64_t first_overlap = 0;
     const uint64_t last = (offset + bytes - 1) >> geometry_.cluster_bits;
     for (uint64_t cluster = offset >> geometry_.cluster_bits; cluster <= last; ++cluster) {
       uint32_t &state = states_[cluster];
       const uint32_t references = state & references_mask;
-      const bool overlaps = references != 0 && (((state | flags) & used_alone) != 0 ||
-                                                ((state ^ flags) & used_as_table) != 0);
-      if (overlaps) {
-        damage("cluster " + std::to_string(cluster) + " is used by " + what +
-               " and by something else");
+      if (references != 0 &&
+          (((state | flags) & used_alone) != 0 || ((state ^ flags) & used_as_table) != 0)) {
+        first_overlap = overlaps++ == 0 ? cluster : first_overlap;
       }
       state =
           (state & ~references_mask) | flags |
           static_cast<uint32_t>(std::min<uint64_t>(references_mask, uint64_t{references} + times));
     }
-    return true;
+    if (overlaps != 0) {
+      damage("cluster " + std::to_string(first_overlap) + " is used by " + what +
+                 " and by something else",
+             overlaps);
+    }
+    return overlaps == 0 ? Counted::good : Counted::overlaps;
   }
 
   void count_own_structures() {
@@ -213,7 +225,9 @@ class Checker {
       damage("the directory of bitmaps is too long, or lies past the end of the file");
       return {};
     }
-    count(offset, bytes, 1, used_alone, "the directory of bitmaps");
+    if (count(offset, bytes, 1, used_alone, "the directory of bitmaps") != Counted::good) {
+      return {};
+    }
     std::vector<std::byte> directory(bytes);
     QV_TRY(image_.file().read_at(directory, HostOffset(offset)));
     for (uint64_t at = 0; at < bytes;) {
@@ -235,7 +249,9 @@ class Checker {
       damage("the table of a bitmap is too long, or lies past the end of the file");
       return {};
     }
-    count(offset, entries * 8, 1, used_alone, "the table of a bitmap");
+    if (count(offset, entries * 8, 1, used_alone, "the table of a bitmap") != Counted::good) {
+      return {};
+    }
     std::vector<uint64_t> piece;
     for (uint64_t at = 0; at < entries; at += piece.size()) {
       piece.resize(std::min(l1_piece_entries, entries - at));
@@ -253,7 +269,9 @@ class Checker {
 
   Result<void> count_l1(HostOffset offset, uint32_t entries, uint32_t owner,
                         const std::string &what) {
-    count(offset.value, uint64_t{entries} * 8, 1, used_alone, what);
+    if (count(offset.value, uint64_t{entries} * 8, 1, used_alone, what) != Counted::good) {
+      return {};
+    }
     std::vector<uint64_t> piece;
     for (uint64_t at = 0; at < entries; at += piece.size()) {
       piece.resize(std::min(l1_piece_entries, entries - at));
@@ -273,7 +291,7 @@ class Checker {
       damage(what + " has an entry with reserved bits, or one that is no cluster's start");
       return;
     }
-    if (count(offset, geometry_.cluster_bytes(), 1, used_as_table, what)) {
+    if (count(offset, geometry_.cluster_bytes(), 1, used_as_table, what) != Counted::outside) {
       const uint64_t cluster = offset >> geometry_.cluster_bits;
       const uint32_t uses = tables_[cluster] & table_references_mask;
       tables_[cluster] |= owner;
@@ -343,7 +361,7 @@ class Checker {
       return;  // offsets are those of another file
     }
     if (count(offset, geometry_.cluster_bytes(), table_uses & table_references_mask, used_as_data,
-              in_table_)) {
+              in_table_) != Counted::outside) {
       mark(offset >> geometry_.cluster_bits, entry, table_uses & ~table_references_mask);
     }
   }

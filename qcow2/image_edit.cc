@@ -96,6 +96,25 @@ Result<void> ImageEdit::visit_clusters(std::span<const std::byte> l2, Visit visi
   return flush();
 }
 
+// The next entries of an L1 table, from `at` on. `tables` counts the L2 tables met so far: more
+// than the file has clusters would be one of them met again and again, each time with all its
+// entries.
+Result<void> ImageEdit::read_l1_piece(HostOffset l1, uint32_t l1_entries, uint64_t at,
+                                      std::vector<uint64_t> &piece, uint64_t &tables) const {
+  piece.resize(std::min<uint64_t>(l1_piece_entries, l1_entries - at));
+  QV_TRY(image_.read_l1(l1, at, piece));
+  tables += static_cast<uint64_t>(
+      std::ranges::count_if(piece, [](uint64_t entry) { return (entry & host_offset_mask) != 0; }));
+  QV_ASSIGN(const uint64_t file_bytes, image_.file().size());
+  if (tables > image_.geometry().clusters_for(file_bytes)) {
+    return fail(ErrorCode::bad_image,
+                image_.name() + ": the L1 table at offset " + std::to_string(l1.value) +
+                    " has more L2 tables than the file has clusters: the image is damaged; repair "
+                    "it with `qemu-img check -r all`");
+  }
+  return {};
+}
+
 Result<void> ImageEdit::drop_table(uint64_t l1_entry) {
   std::vector<std::byte> l2(image_.geometry().cluster_bytes());
   QV_TRY(image_.read_l2(l1_entry, l2));
@@ -108,9 +127,9 @@ Result<void> ImageEdit::drop_table(uint64_t l1_entry) {
 
 Result<void> ImageEdit::drop_l1(const Snapshot &snapshot, uint64_t first) {
   std::vector<uint64_t> piece;
+  uint64_t tables = 0;
   for (uint64_t at = first; at < snapshot.l1_entries; at += piece.size()) {
-    piece.resize(std::min<uint64_t>(l1_piece_entries, snapshot.l1_entries - at));
-    QV_TRY(image_.read_l1(snapshot.l1_offset, at, piece));
+    QV_TRY(read_l1_piece(snapshot.l1_offset, snapshot.l1_entries, at, piece, tables));
     for (const uint64_t entry : piece) {
       if ((entry & host_offset_mask) != 0) {
         QV_TRY(drop_table(entry));
@@ -190,9 +209,9 @@ Result<void> ImageEdit::share_active_disk() {
   QV_TRY(begin_active_l1());
   std::vector<std::byte> l2(geometry.cluster_bytes());
   std::vector<uint64_t> piece;
+  uint64_t tables = 0;
   for (uint64_t at = 0; at < header.l1_entries; at += piece.size()) {
-    piece.resize(std::min<uint64_t>(l1_piece_entries, header.l1_entries - at));
-    QV_TRY(image_.read_l1(header.l1_offset, at, piece));
+    QV_TRY(read_l1_piece(header.l1_offset, header.l1_entries, at, piece, tables));
     for (size_t i = 0; i < piece.size(); ++i) {
       const uint64_t offset = piece[i] & host_offset_mask;
       if (offset == 0) {
@@ -238,9 +257,9 @@ Result<void> ImageEdit::refresh_copied_flags() {
   QV_TRY(begin_active_l1());
   std::vector<std::byte> l2(geometry.cluster_bytes());
   std::vector<uint64_t> piece;
+  uint64_t tables = 0;
   for (uint64_t at = 0; at < header.l1_entries; at += piece.size()) {
-    piece.resize(std::min<uint64_t>(l1_piece_entries, header.l1_entries - at));
-    QV_TRY(image_.read_l1(header.l1_offset, at, piece));
+    QV_TRY(read_l1_piece(header.l1_offset, header.l1_entries, at, piece, tables));
     for (uint64_t &l1_entry : piece) {
       uint64_t offset = l1_entry & host_offset_mask;
       if (offset == 0) {

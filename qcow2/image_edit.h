@@ -79,6 +79,8 @@ class ImageEdit {
   Snapshot &edited(size_t original_index);
   template <class Visit>
   Result<void> visit_clusters(std::span<const std::byte> l2, Visit visit);
+  Result<void> read_l1_piece(HostOffset l1, uint32_t l1_entries, uint64_t at,
+                             std::vector<uint64_t> &piece, uint64_t &tables) const;
   Result<void> drop_table(uint64_t l1_entry);
   /// An L1 table with its L2 tables from entry `first` on.
   Result<void> drop_l1(const Snapshot &snapshot, uint64_t first);

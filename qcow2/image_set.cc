@@ -15,6 +15,10 @@ constexpr std::string_view old_mark = ".old-";
 // Begins the extra data of a NAME.new-ID; QEMU keeps extra data it does not know.
 constexpr std::string_view saving_mark = "qvmstate: saving";
 
+// Interrupted saves that one recovery settles. One goes before the next save begins, so that an
+// image has one at most; each costs a whole edit, and more than this are no work of ours.
+constexpr size_t recoveries_max = 1024;
+
 struct MarkedName {
   std::string name;  ///< without the mark
   std::string id;    ///< of the snapshot in the image with the vmstate
@@ -312,7 +316,7 @@ bool needs_recovery(const std::vector<Image *> &images) {
 Result<std::vector<std::string>> recover_set(const std::vector<Image *> &images) {
   std::vector<std::string> actions;
   // One at a time: settling changes the image's list.
-  for (size_t rounds = 0; rounds < snapshots_max; ++rounds) {
+  for (size_t rounds = 0; rounds < recoveries_max; ++rounds) {
     const std::vector<Interrupted> found = find_interrupted(images);
     if (found.empty()) {
       break;

@@ -1,5 +1,10 @@
 // Bounds on what is read from an image, each with its reason. QEMU refuses to open an image beyond
 // the ones marked (QEMU); ours are no narrower, so every image QEMU opens is opened here.
+//
+// Together with them, no table is followed twice where the format has it once: reading, checking,
+// and editing an image takes work in proportion to its file, not to what its tables claim. For a
+// file of 1 MiB that is at most 64 MiB of memory and 10 s of CPU time
+// (tests/unit/qcow2/bounds_test).
 #pragma once
 
 #include <cstdint>

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstring>
+#include <unordered_set>
 
 #include "qcow2/limits.h"
 
@@ -189,17 +190,19 @@ Result<void> check_snapshot_name(std::string_view name, std::span<const Snapshot
 
 std::string next_snapshot_id(std::span<const Snapshot> snapshots) {
   uint64_t largest = 0;
+  std::unordered_set<std::string_view> taken;
   for (const Snapshot &snapshot : snapshots) {
     largest = std::max(largest, decimal_id(seen_id(snapshot)));
+    taken.insert(seen_id(snapshot));
+    taken.insert(seen_name(snapshot));
   }
   std::string id;
   uint64_t candidate = largest;
-  const auto taken = [&id](const Snapshot &s) { return seen_id(s) == id || seen_name(s) == id; };
   do {
     ++candidate;
     id = std::to_string(candidate);
   } while (candidate == 0 ||  // came round past the largest id that 64 bits hold
-           std::any_of(snapshots.begin(), snapshots.end(), taken));
+           taken.contains(id));
   return id;
 }
 
