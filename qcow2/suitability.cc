@@ -31,11 +31,6 @@ Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use)
         "keeps its data in an external file, and QEMU has no internal snapshots of such images: "
         "convert it with `qemu-img convert -O qcow2`");
   }
-  if (has(incompatible::extended_l2)) {
-    return refuse(
-        "has extended L2 entries (subclusters), which are not supported yet: convert it with "
-        "`qemu-img convert -O qcow2 -o extended_l2=off`");
-  }
   constexpr uint32_t crypt_aes = 1, crypt_luks = 2;
   if (header.crypt_method == crypt_aes) {
     return refuse(

@@ -17,9 +17,8 @@ enum class ImageRole { vmstate, disk_only };
 enum class ImageUse { held_by_qemu, ours };
 
 /// Refuses by name and with the remedy: dirty and corrupt bits, external data file, raw data file,
-/// extended L2, AES encryption, LUKS for ImageRole::vmstate, persistent
-/// bitmaps (loadvm refuses images that have any), unknown autoclear bits, refcounts of one bit, a
-/// full snapshot table.
+/// AES encryption, LUKS for ImageRole::vmstate, persistent bitmaps (loadvm refuses images that have
+/// any), unknown autoclear bits, refcounts of one bit, a full snapshot table.
 Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use = ImageUse::ours);
 
 }  // namespace qvmstate::qcow2

@@ -51,8 +51,13 @@ const char *name_of(Action action) {
 
 std::vector<Case> cases() {
   std::vector<PreparedKind> kinds{
-      {2, 4 * kib, false}, {2, 64 * kib, true},  {3, 512, false},
-      {3, 4 * kib, true},  {3, 64 * kib, false}, {3, 2 * mib, true},
+      {2, 4 * kib, false},
+      {2, 64 * kib, true},
+      {3, 512, false},
+      {3, 4 * kib, true},
+      {3, 64 * kib, false},
+      {3, 2 * mib, true},
+      {3, 16 * kib, true, true, true},
   };
   if (rounds() > 1) {
     kinds.insert(kinds.end(), {{2, 512, true},
@@ -60,7 +65,8 @@ std::vector<Case> cases() {
                                {3, 512, true},
                                {3, 4 * kib, false},
                                {3, 64 * kib, true},
-                               {3, 2 * mib, false}});
+                               {3, 2 * mib, false},
+                               {3, 64 * kib, false, true}});
   }
   std::vector<Case> all;
   for (const PreparedKind &kind : kinds) {

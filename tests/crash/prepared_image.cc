@@ -7,7 +7,8 @@ namespace qvmstate::qcow2::test {
 
 std::string kind_name(const PreparedKind &kind) {
   return "v" + std::to_string(kind.version) + "_cluster" + std::to_string(kind.cluster_bytes) +
-         (kind.backing_file ? "_backed" : "");
+         (kind.backing_file ? "_backed" : "") + (kind.extended_l2 ? "_extended" : "") +
+         (kind.bitmap ? "_bitmap" : "");
 }
 
 uint64_t disk_bytes_of(const PreparedKind &kind) {
@@ -35,7 +36,8 @@ void create_image(const std::string &path, const PreparedKind &kind) {
                                   "qcow2",
                                   "-o",
                                   "compat=" + std::string(kind.version == 2 ? "0.10" : "1.1") +
-                                      ",cluster_size=" + std::to_string(kind.cluster_bytes)};
+                                      ",cluster_size=" + std::to_string(kind.cluster_bytes) +
+                                      (kind.extended_l2 ? ",extended_l2=on" : "")};
   if (kind.backing_file) {
     // Larger than the disk.
     write_file(backing, compressible_bytes(disk_bytes_of(kind) + 100 * kib, 5));
@@ -43,6 +45,9 @@ void create_image(const std::string &path, const PreparedKind &kind) {
   }
   create.insert(create.end(), {path, std::to_string(disk_bytes_of(kind))});
   must(qemu_img(create));
+  if (kind.bitmap) {
+    must(qemu_img({"bitmap", "--add", path, "changed"}));
+  }
   write_generation(path, kind, 0);
 }
 

@@ -13,6 +13,8 @@ struct PreparedKind {
   uint32_t version;
   uint64_t cluster_bytes;
   bool backing_file;
+  bool extended_l2 = false;
+  bool bitmap = false;
 };
 
 std::string kind_name(const PreparedKind &kind);

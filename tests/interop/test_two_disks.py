@@ -112,10 +112,14 @@ class TwoDisks(BedTest):
         guest.fill(22)
         guest.loadvm("one")
         self.assert_seed(guest, 11)
+        guest.quit()
+        guest.check_image()
+        guest.start(loadvm="one")
+        self.assert_seed(guest, 11)
 
     @cases("cluster_size=4k", "compat=0.10", "refcount_bits=8", "lazy_refcounts=on",
-           "cluster_size=2M,preallocation=metadata",
-           quick=["cluster_size=4k", "compat=0.10"])
+           "cluster_size=2M,preallocation=metadata", "extended_l2=on", "extended_l2=on,cluster_size=16k",
+           quick=["cluster_size=4k", "compat=0.10", "extended_l2=on"])
     def test_formats(self, options):
         """Images of other geometry go the same way."""
         guest = self.make_vm("newest", "microvm",

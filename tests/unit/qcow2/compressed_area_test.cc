@@ -171,7 +171,9 @@ INSTANTIATE_TEST_SUITE_P(Images, Replaced,
                                          "cluster_size=64k", "cluster_size=2M",
                                          "cluster_size=4k,refcount_bits=2",
                                          "cluster_size=4k,refcount_bits=8",
-                                         "compression_type=zstd,cluster_size=64k"));
+                                         "compression_type=zstd,cluster_size=64k",
+                                         "extended_l2=on,cluster_size=16k",
+                                         "extended_l2=on,cluster_size=2M,compression_type=zstd"));
 
 }  // namespace
 }  // namespace qvmstate::qcow2::test

@@ -96,6 +96,33 @@ Bytes converted(const std::string &path, const std::string &snapshot) {
   return bytes;
 }
 
+Bytes qemu_vmstate(const std::string &path, const Image &image, const std::string &name,
+                   uint64_t offset, uint64_t bytes) {
+  const Snapshot &snapshot =
+      image.snapshots().at(static_cast<size_t>(find_snapshot(image.snapshots(), name)));
+  const uint64_t span_bytes = image.geometry().span_bytes();
+  const std::string shown = path + ".shown";
+  const std::string raw = path + ".vmstate";
+  Bytes copy = read_file(path);
+  store_be<uint64_t>(&copy[24], snapshot.l1_entries * span_bytes);  // virtual size
+  store_be<uint32_t>(&copy[36], snapshot.l1_entries);
+  store_be<uint64_t>(&copy[40], snapshot.l1_offset.value);
+  write_file(shown, copy);
+  offset += image.geometry().vmstate_l1_index(snapshot.disk_bytes) * span_bytes;
+  const CommandResult result =
+      qemu_img({"convert", "-O", "raw", "--image-opts",
+                "driver=raw,offset=" + std::to_string(offset) +
+                    ",size=" + std::to_string(round_up(bytes, 512)) +
+                    ",file.driver=qcow2,file.file.driver=file,file.file.filename=" + shown,
+                raw});
+  if (result.status != 0) {
+    throw std::runtime_error("qemu-img convert " + shown + ": " + result.output);
+  }
+  Bytes state = read_file(raw);
+  state.resize(bytes);
+  return state;
+}
+
 std::unique_ptr<io::File> open_writable(const std::string &path, io::Engine engine) {
   io::OpenOptions options;
   options.writable = true;

@@ -37,6 +37,11 @@ std::string check_complaint(const std::string &path);
 /// As `qemu-img convert` reads the active disk, or, with a name, that of a snapshot.
 Bytes converted(const std::string &path, const std::string &snapshot = {});
 
+/// A part of a VM state as QEMU's tool reads it: in a copy whose header shows the L1 table of the
+/// snapshot, and a disk that covers all of it, the state is ordinary disk data at its offset.
+Bytes qemu_vmstate(const std::string &path, const Image &image, const std::string &name,
+                   uint64_t offset, uint64_t bytes);
+
 /// Opens for an edit; throws where that fails.
 std::unique_ptr<io::File> open_writable(const std::string &path,
                                         io::Engine engine = io::Engine::automatic);

@@ -58,7 +58,7 @@ class Suitability : public testing::Test {
 
 TEST_F(Suitability, PlainImagesSuit) {
   for (const char *options : {"compat=0.10", "compat=1.1", "lazy_refcounts=on", "refcount_bits=2",
-                              "cluster_size=512", "cluster_size=2M"}) {
+                              "cluster_size=512", "cluster_size=2M", "extended_l2=on"}) {
     create({"-o", options});
     EXPECT_TRUE(suits()) << options;
     EXPECT_TRUE(suits(ImageRole::disk_only)) << options;
@@ -101,11 +101,6 @@ TEST_F(Suitability, ExternalDataFileIsRefused) {
   expect_refused("external file", "qemu-img convert");
   create({"-o", "data_file_raw=on,data_file=" + folder_.path("raw")});
   expect_refused("external file", "qemu-img convert", ImageRole::disk_only);
-}
-
-TEST_F(Suitability, ExtendedL2IsRefused) {
-  create({"-o", "extended_l2=on"});
-  expect_refused("not supported yet", "extended_l2=off");
 }
 
 TEST_F(Suitability, LuksMayTakePartWithItsDiskOnly) {
