@@ -34,6 +34,14 @@ Result<Allocator> Allocator::scan(const Image &image) {
   return allocator;
 }
 
+Result<uint64_t> Allocator::room_on_device(const Image &image) {
+  Allocator allocator(image);
+  QV_ASSIGN(const uint64_t device_bytes, image.file().size());
+  QV_TRY(allocator.scan_blocks());
+  const uint64_t used_bytes = allocator.tail_ << image.geometry().cluster_bits;
+  return allocator.free_bytes_inside() + device_bytes - std::min(device_bytes, used_bytes);
+}
+
 void Allocator::note_free(uint64_t first, uint64_t count) {
   if (!free_.empty() && free_.back().end() == first) {
     free_.back().count += count;

@@ -32,6 +32,9 @@ enum class Growth {
 class Allocator {
  public:
   static Result<Allocator> scan(const Image &image);
+  /// Bytes of free clusters in an image on a block device, which cannot become longer, up to the
+  /// device's end. Also of one that QEMU is using: then about so many.
+  static Result<uint64_t> room_on_device(const Image &image);
 
   /// Contiguous clusters, for tables.
   Result<ClusterRun> take(uint64_t count);

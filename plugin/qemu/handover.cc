@@ -275,10 +275,10 @@ Result<OwnedImages> OwnedImages::open(const std::vector<Disk> &disks,
   return owned;
 }
 
-Result<WatchedImages> WatchedImages::open(const std::vector<Disk> &disks) {
+Result<WatchedImages> WatchedImages::open(const std::vector<Disk> &disks, io::DirectMode direct) {
   WatchedImages watched;
   io::OpenOptions options;
-  options.direct = io::DirectMode::off;
+  options.direct = direct;
   options.engine = io::Engine::threads;
   for (const Disk &disk : disks) {
     QV_ASSIGN(auto file, io::File::open(own_descriptor_path(disk.image.get()), options, disk.file));

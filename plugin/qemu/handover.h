@@ -114,7 +114,9 @@ class OwnedImages {
 /// good enough to refuse early.
 class WatchedImages {
  public:
-  static Result<WatchedImages> open(const std::vector<Disk> &disks);
+  /// `direct`: on, to refuse early where it cannot be had.
+  static Result<WatchedImages> open(const std::vector<Disk> &disks,
+                                    io::DirectMode direct = io::DirectMode::off);
   const std::vector<qcow2::Image *> &images() const { return pointers_; }
 
  private:

@@ -15,6 +15,7 @@
 #include "plugin/qemu/save_state.h"
 #include "plugin/qemu/save_target.h"
 #include "plugin/qemu/stopped_vm.h"
+#include "qcow2/allocator.h"
 #include "qcow2/image_set.h"
 #include "qcow2/suitability.h"
 #include "vmstate/device_sections.h"
@@ -45,21 +46,37 @@ Result<size_t> choose_vmstate_disk(const LiveVm &vm, const std::string &node,
               "no writable qcow2 disk has the node name '" + node + "'; there are " + known);
 }
 
-Result<void> check_space(const Disk &disk, const RamEstimate &ram) {
+struct Room {
+  uint64_t bytes = UINT64_MAX;
+  const char *where = "";
+};
+
+/// How much an image can take up yet, as far as that can be told.
+Result<Room> room_for(const Disk &disk, const qcow2::Image &image) {
   struct stat status;
   struct statvfs space;
-  if (::fstat(disk.image.get(), &status) != 0 || !S_ISREG(status.st_mode) ||
-      ::fstatvfs(disk.image.get(), &space) != 0) {
-    return {};  // a device has a fixed size, which the allocator watches
+  if (::fstat(disk.image.get(), &status) != 0) {
+    return Room();
+  }
+  if (S_ISBLK(status.st_mode)) {
+    QV_ASSIGN(const uint64_t bytes, qcow2::Allocator::room_on_device(image));
+    return Room{bytes, "block device"};
+  }
+  if (::fstatvfs(disk.image.get(), &space) != 0 || space.f_blocks == 0) {
+    return Room();  // some file systems (ramfs) do not tell
   }
   const uint64_t blocks = ::geteuid() == 0 ? space.f_bfree : space.f_bavail;
-  const uint64_t free_bytes = blocks * space.f_frsize;
+  return Room{blocks * space.f_frsize, "file system"};
+}
+
+Result<void> check_space(const Disk &disk, const qcow2::Image &image, const RamEstimate &ram) {
+  QV_ASSIGN(const Room room, room_for(disk, image));
   const uint64_t needed_bytes = stream_bytes_max(ram) + device_bytes_expected;
-  if (needed_bytes > free_bytes) {
-    return fail(ErrorCode::no_space,
-                describe(disk) + ": the snapshot may need " + std::to_string(needed_bytes / mib) +
-                    " MiB, and its file system has " + std::to_string(free_bytes / mib) +
-                    " MiB; make room or choose another --vmstate-node");
+  if (needed_bytes > room.bytes) {
+    return fail(ErrorCode::no_space, describe(disk) + ": the snapshot may need " +
+                                         std::to_string(needed_bytes / mib) + " MiB, and its " +
+                                         room.where + " has " + std::to_string(room.bytes / mib) +
+                                         " MiB; make room or choose another --vmstate-node");
   }
   return {};
 }
@@ -67,7 +84,9 @@ Result<void> check_space(const Disk &disk, const RamEstimate &ram) {
 /// Everything that can be refused while the guest still runs.
 Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
                                       Seat seat, SaveReport &report) {
-  QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks));
+  const auto direct =
+      options.direct == io::DirectMode::on ? io::DirectMode::on : io::DirectMode::off;
+  QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks, direct));
   for (size_t i = 0; i < vm.disks.size(); ++i) {
     const auto role = i == vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
     QV_TRY(qcow2::check_image_suits(*watched.images()[i], role, qcow2::ImageUse::held_by_qemu));
@@ -81,7 +100,7 @@ Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, si
     QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
   }
   QV_ASSIGN(const RamEstimate ram, look_at_ram(vm, seat, report));
-  QV_TRY(check_space(vm.disks[vmstate_disk], ram));
+  QV_TRY(check_space(vm.disks[vmstate_disk], *watched.images()[vmstate_disk], ram));
   return ram;
 }
 

@@ -308,8 +308,8 @@ Result<void> TargetFile::check_room(uint64_t bytes) const {
     return {};
   }
   struct statvfs space = {};
-  if (::fstatvfs(descriptors_.any(), &space) != 0) {
-    return {};
+  if (::fstatvfs(descriptors_.any(), &space) != 0 || space.f_blocks == 0) {
+    return {};  // some file systems (ramfs) do not tell
   }
   const uint64_t blocks = ::geteuid() == 0 ? space.f_bfree : space.f_bavail;
   if (blocks < divide_up(bytes, space.f_frsize)) {

@@ -406,8 +406,10 @@ class VM:
 
     def image_arguments(self, path):
         """How qemu-img is told of an image, with its key if it is encrypted."""
-        options = f"driver=qcow2,file.driver=file,file.filename={self.qemu.inner(path)}"
-        if any(disk.path == path and "encrypt" in disk.options for disk in self.disks):
+        disk = next((disk for disk in self.disks if disk.path == path), None)
+        driver = "file" if disk is None else disk.file.get("driver", "file")
+        options = f"driver=qcow2,file.driver={driver},file.filename={self.qemu.inner(path)}"
+        if disk is not None and "encrypt" in disk.options:
             return ["--object", "secret,id=s0,data=abc", "--image-opts",
                     options + ",encrypt.format=luks,encrypt.key-secret=s0"]
         return ["--image-opts", options]
