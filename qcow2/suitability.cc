@@ -6,7 +6,7 @@
 
 namespace qvmstate::qcow2 {
 
-Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use) {
+Result<void> check_image_suits(const Image &image, ImageRole role, Bitmaps bitmaps, ImageUse use) {
   const Header &header = image.header();
   const std::string &name = image.name();
   const auto refuse = [&name](const std::string &why) {
@@ -42,12 +42,14 @@ Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use)
         "is encrypted with LUKS, and QEMU aborts on a VM state in such an image: choose another "
         "disk with --vmstate-node");
   }
-  if (const uint32_t bitmaps = header.persistent_bitmaps(); bitmaps > 0) {
-    return refuse("has " + std::to_string(bitmaps) + " persistent dirty bitmap" +
-                  (bitmaps == 1 ? "" : "s") +
+  if (const uint32_t count = header.persistent_bitmaps(); count > 0 && bitmaps == Bitmaps::refuse) {
+    return refuse("has " + std::to_string(count) + " persistent dirty bitmap" +
+                  (count == 1 ? "" : "s") +
                   ", and QEMU's loadvm refuses an image that has any: remove them with `qemu-img "
                   "bitmap --remove " +
-                  name + " NAME` (in a running QEMU with block-dirty-bitmap-remove)");
+                  name +
+                  " NAME` (in a running QEMU with block-dirty-bitmap-remove), or go on with "
+                  "--allow-bitmaps and remove them before the load");
   }
   constexpr uint64_t known_autoclear = autoclear::bitmaps | autoclear::raw_data_file;
   if (const uint64_t unknown = header.autoclear_features & ~known_autoclear) {

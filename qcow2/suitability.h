@@ -16,9 +16,15 @@ enum class ImageRole { vmstate, disk_only };
 /// bit says nothing.
 enum class ImageUse { held_by_qemu, ours };
 
+/// Whether persistent bitmaps are a reason to refuse, because QEMU's loadvm refuses an image that
+/// has any. They stay valid whatever an edit does: they tell about the active disk, and neither it
+/// nor the clusters of the bitmaps change.
+enum class Bitmaps { refuse, allow };
+
 /// Refuses by name and with the remedy: dirty and corrupt bits, external data file, raw data file,
-/// AES encryption, LUKS for ImageRole::vmstate, persistent bitmaps (loadvm refuses images that have
-/// any), unknown autoclear bits, refcounts of one bit, a full snapshot table.
-Result<void> check_image_suits(const Image &image, ImageRole role, ImageUse use = ImageUse::ours);
+/// AES encryption, LUKS for ImageRole::vmstate, persistent bitmaps, unknown autoclear bits,
+/// refcounts of one bit, a full snapshot table.
+Result<void> check_image_suits(const Image &image, ImageRole role,
+                               Bitmaps bitmaps = Bitmaps::refuse, ImageUse use = ImageUse::ours);
 
 }  // namespace qvmstate::qcow2

@@ -100,6 +100,12 @@ void add_target(CLI::App &save, qemu::SaveOptions &options) {
                 "With mapped-ram: leave holes in the bitmap of pages");
 }
 
+void add_allow_bitmaps(CLI::App &app, bool &target) {
+  app.add_flag("--allow-bitmaps", target,
+               "Go on where a disk has persistent dirty bitmaps, which have to be removed before "
+               "the snapshot is loaded");
+}
+
 void add_layout(CLI::App &app, std::optional<vmstate::Layout> &target) {
   app.add_option_function<std::string>(
          "--layout",
@@ -143,6 +149,7 @@ void add_save(CLI::App &app, SaveCommand &command) {
   where->require_option(1);
   save->add_flag("--replace", command.options.replace,
                  "Take the place of a snapshot of that name, once the new one is there");
+  add_allow_bitmaps(*save, command.options.allow_bitmaps);
   save->add_option("--vmstate-node", command.options.vmstate_node,
                    "Block node for the state; default: the one that loadvm looks at first")
       ->type_name("NODE");
@@ -320,6 +327,7 @@ void add_import(CLI::App &app, ImportCommand &command) {
   add_layout(*load, command.layout);
   load->add_flag("--replace", command.replace,
                  "Take the place of a snapshot of that name, once the new one is there");
+  add_allow_bitmaps(*load, command.allow_bitmaps);
   load->add_option("--save-xml", command.save_xml,
                    "A new file for the domain's XML, of a file that libvirt wrote")
       ->type_name("XML");

@@ -109,7 +109,8 @@ struct ImportCommand {
   std::optional<uint64_t> offset;         ///< of the stream in the file
   std::optional<vmstate::Layout> layout;  ///< default: as it is
   bool replace = false;
-  std::string save_xml;  ///< where the XML of a libvirt save file goes; empty: nowhere
+  bool allow_bitmaps = false;  ///< persistent dirty bitmaps are no reason to refuse
+  std::string save_xml;        ///< where the XML of a libvirt save file goes; empty: nowhere
   Format format = Format::human;
 };
 int run_import(const ImportCommand &command);

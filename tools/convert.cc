@@ -96,7 +96,7 @@ Result<Converted> convert_once(qcow2::Image &image, const CheckedSnapshot &state
 
 Result<Converted> convert(const ConvertCommand &command) {
   QV_ASSIGN(OpenImage opened, open_image(command.image, true, true));
-  QV_TRY(qcow2::check_image_suits(opened.image, qcow2::ImageRole::vmstate));
+  QV_TRY(qcow2::check_image_suits(opened.image, qcow2::ImageRole::vmstate, qcow2::Bitmaps::allow));
   if (qcow2::needs_recovery({&opened.image})) {
     return fail(ErrorCode::bad_state,
                 command.image +

@@ -115,18 +115,18 @@ Result<void> write_xml(const std::string &path, const std::string &xml) {
   return output->finish();
 }
 
-Result<void> check_images(const std::vector<qcow2::Image *> &images, const std::string &name,
-                          bool replace) {
+Result<void> check_images(const std::vector<qcow2::Image *> &images, const ImportCommand &command) {
+  const auto bitmaps = command.allow_bitmaps ? qcow2::Bitmaps::allow : qcow2::Bitmaps::refuse;
   for (size_t i = 0; i < images.size(); ++i) {
     QV_TRY(qcow2::check_image_suits(
-        *images[i], i == 0 ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only));
+        *images[i], i == 0 ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only, bitmaps));
   }
   if (qcow2::needs_recovery(images)) {
     return fail(ErrorCode::bad_state,
                 "the images hold a part of a save over several disks that was interrupted; "
                 "`qvmstate resume` on the running VM settles it");
   }
-  return qcow2::check_save_name(images, name, replace);
+  return qcow2::check_save_name(images, command.name, command.replace);
 }
 
 Result<Imported> import_state(const ImportCommand &command) {
@@ -140,7 +140,7 @@ Result<Imported> import_state(const ImportCommand &command) {
     opened.push_back(std::move(image));
     images.push_back(&opened.back().image);
   }
-  QV_TRY(check_images(images, command.name, command.replace));
+  QV_TRY(check_images(images, command));
   QV_ASSIGN(const StreamFile stream, open_stream(command));
   const vmstate::SourceOpener opener = [&]() -> Result<std::unique_ptr<vmstate::StreamSource>> {
     io::OpenOptions options;

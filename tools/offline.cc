@@ -67,9 +67,11 @@ std::vector<std::string> features(const qcow2::Header &header) {
 
 std::string image_info(const qcow2::Image &image, Format format, qcow2::ImageUse use) {
   const qcow2::Header &header = image.header();
-  const Result<void> suits = qcow2::check_image_suits(image, qcow2::ImageRole::vmstate, use);
+  const Result<void> suits =
+      qcow2::check_image_suits(image, qcow2::ImageRole::vmstate, qcow2::Bitmaps::refuse, use);
   const bool disk_suits =
-      qcow2::check_image_suits(image, qcow2::ImageRole::disk_only, use).has_value();
+      qcow2::check_image_suits(image, qcow2::ImageRole::disk_only, qcow2::Bitmaps::refuse, use)
+          .has_value();
   const std::vector<std::string> feature_names = features(header);
   if (format == Format::json) {
     Json json = {{"filename", image.name()},
@@ -274,7 +276,8 @@ Result<std::vector<std::string>> delete_offline(const DeleteCommand &command) {
     QV_ASSIGN(OpenImage image, open_image(path, true, true));
     opened.push_back(std::move(image));
     images.push_back(&opened.back().image);
-    QV_TRY(qcow2::check_image_suits(*images.back(), qcow2::ImageRole::disk_only));
+    QV_TRY(qcow2::check_image_suits(*images.back(), qcow2::ImageRole::disk_only,
+                                    qcow2::Bitmaps::allow));
   }
   std::vector<std::string> notes;
   // Settling it takes all images of the VM, and nobody says that these are all.

@@ -92,7 +92,8 @@ Outcome<std::unique_ptr<Save>> Save::begin(Session &session, const qvmstate_save
 Outcome<void> Save::begin_transaction(const qvmstate_save_options &options) {
   qcow2::Image &image = session_.image();
   const bool replace = (options.flags & QVMSTATE_SAVE_REPLACE) != 0;
-  QV_TRY(qcow2::check_image_suits(image, qcow2::ImageRole::vmstate));
+  // Bitmaps keep only QEMU from loading.
+  QV_TRY(qcow2::check_image_suits(image, qcow2::ImageRole::vmstate, qcow2::Bitmaps::allow));
   if (!replace && qcow2::find_snapshot(image.snapshots(), name_) >= 0) {
     return refuse(QVMSTATE_EXISTS, session_.name() + ": a snapshot named '" + name_ +
                                        "' is there already; choose another name or set "

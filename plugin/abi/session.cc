@@ -125,7 +125,7 @@ Outcome<void> Session::delete_snapshot(const char *name) {
     return refuse(QVMSTATE_BAD_STATE,
                   name_ + ": was opened for loads only; set QVMSTATE_SESSION_WRITE to delete");
   }
-  QV_TRY(qcow2::check_image_suits(image_, qcow2::ImageRole::disk_only));
+  QV_TRY(qcow2::check_image_suits(image_, qcow2::ImageRole::disk_only, qcow2::Bitmaps::allow));
   QV_TRY(qcow2::delete_from_set({&image_}, name, true));
   log(QVMSTATE_LOG_INFO, name_ + ": deleted snapshot '" + name + "'");
   return {};

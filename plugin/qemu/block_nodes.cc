@@ -181,9 +181,7 @@ Result<Disk> examine(Qmp &qmp, pid_t pid, const Graph &graph, const std::vector<
   for (const Json &bitmap : at(node, "dirty-bitmaps")) {
     disk.has_bitmaps = disk.has_bitmaps || bitmap.is_object();
     if (flag_at(bitmap, "persistent")) {
-      return fail(ErrorCode::not_supported,
-                  describe(disk) + ": has the persistent dirty bitmap '" + text_at(bitmap, "name") +
-                      "', with which loadvm refuses; remove it (block-dirty-bitmap-remove)");
+      disk.persistent_bitmap = text_at(bitmap, "name");
     }
   }
   const std::string driver = text_at(node, "drv");

@@ -29,6 +29,7 @@ struct Disk {
   Descriptor image;    ///< our own, read-write, without locks
   bool active = true;  ///< always true before 10.0, which does not tell
   bool has_bitmaps = false;
+  std::string persistent_bitmap;  ///< the name of one; empty: there is none
 };
 
 /// "disk 'NODE' (DEVICE, FILE)"

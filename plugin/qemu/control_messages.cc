@@ -36,11 +36,11 @@ struct Argument {
   Type type;
 };
 constexpr Argument save_arguments[] = {
-    {"name", Type::text},          {"replace", Type::flag},      {"vmstate-node", Type::text},
-    {"direct", Type::text},        {"engine", Type::text},       {"buffers", Type::number},
-    {"depth", Type::number},       {"rate-limit", Type::number}, {"layout", Type::text},
-    {"sparse-bitmap", Type::flag}, {"channels", Type::number},   {"to", Type::text},
-    {"descriptors", Type::number},
+    {"name", Type::text},          {"replace", Type::flag},       {"vmstate-node", Type::text},
+    {"direct", Type::text},        {"engine", Type::text},        {"buffers", Type::number},
+    {"depth", Type::number},       {"rate-limit", Type::number},  {"layout", Type::text},
+    {"sparse-bitmap", Type::flag}, {"channels", Type::number},    {"to", Type::text},
+    {"descriptors", Type::number}, {"allow-bitmaps", Type::flag},
 };
 
 bool has_type(const Json &value, Type type) {
@@ -93,6 +93,9 @@ Json to_json(const SaveOptions &options) {
   if (options.sparse_bitmap) {
     json["sparse-bitmap"] = true;
   }
+  if (options.allow_bitmaps) {
+    json["allow-bitmaps"] = true;
+  }
   if (options.channels != 0) {
     json["channels"] = options.channels;
   }
@@ -130,6 +133,7 @@ Result<SaveOptions> save_options_from(const Json &arguments, std::vector<Descrip
   options.rate_limit_bytes_per_second = number_at(arguments, "rate-limit");
   QV_ASSIGN(options.layout, choice_from<SaveLayout>(arguments, "layout", layout_names));
   options.sparse_bitmap = flag_at(arguments, "sparse-bitmap");
+  options.allow_bitmaps = flag_at(arguments, "allow-bitmaps");
   options.channels =
       static_cast<unsigned>(std::min<uint64_t>(number_at(arguments, "channels"), channels_max + 1));
   options.to = text_at(arguments, "to");

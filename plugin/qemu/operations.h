@@ -28,6 +28,8 @@ struct SaveOptions {
   std::string name;          ///< of the snapshot; empty with `to`
   bool replace = false;      ///< the old snapshot of that name lives until the new one is there
   std::string vmstate_node;  ///< node name; empty: the node that loadvm looks at first
+  /// Persistent dirty bitmaps are no reason to refuse; they have to go before a load.
+  bool allow_bitmaps = false;
   io::DirectMode direct = io::DirectMode::automatic;
   io::Engine engine = io::Engine::automatic;
   size_t buffers = io::buffer_count_default;

@@ -81,6 +81,29 @@ Result<void> check_space(const Disk &disk, const qcow2::Image &image, const RamE
   return {};
 }
 
+qcow2::Bitmaps bitmaps_of(const SaveOptions &options) {
+  return options.allow_bitmaps ? qcow2::Bitmaps::allow : qcow2::Bitmaps::refuse;
+}
+
+/// QEMU's loadvm refuses a disk that has any. Those only in memory may be gone by then.
+Result<void> check_bitmaps(const Disk &disk, const SaveOptions &options, SaveReport &report) {
+  if (!disk.persistent_bitmap.empty() && !options.allow_bitmaps) {
+    return fail(ErrorCode::not_supported,
+                describe(disk) + ": has the persistent dirty bitmap '" + disk.persistent_bitmap +
+                    "', with which loadvm refuses; remove it (block-dirty-bitmap-remove), or go "
+                    "on with --allow-bitmaps and remove it before the load");
+  }
+  if (disk.has_bitmaps) {
+    report.warnings.push_back(
+        describe(disk) +
+        (disk.persistent_bitmap.empty()
+             ? ": has a dirty bitmap in memory; loadvm in this QEMU fails until it is removed"
+             : ": has the persistent dirty bitmap '" + disk.persistent_bitmap +
+                   "'; loadvm fails until it is removed"));
+  }
+  return {};
+}
+
 /// Everything that can be refused while the guest still runs.
 Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
                                       Seat seat, SaveReport &report) {
@@ -89,12 +112,9 @@ Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, si
   QV_ASSIGN(const WatchedImages watched, WatchedImages::open(vm.disks, direct));
   for (size_t i = 0; i < vm.disks.size(); ++i) {
     const auto role = i == vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
-    QV_TRY(qcow2::check_image_suits(*watched.images()[i], role, qcow2::ImageUse::held_by_qemu));
-    if (vm.disks[i].has_bitmaps) {
-      report.warnings.push_back(describe(vm.disks[i]) +
-                                ": has a dirty bitmap in memory; loadvm in this QEMU fails until "
-                                "it is removed");
-    }
+    QV_TRY(check_bitmaps(vm.disks[i], options, report));
+    QV_TRY(qcow2::check_image_suits(*watched.images()[i], role, bitmaps_of(options),
+                                    qcow2::ImageUse::held_by_qemu));
   }
   if (!qcow2::needs_recovery(watched.images())) {
     QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
@@ -145,7 +165,7 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   for (size_t i = 0; i < images.size(); ++i) {
     const auto role =
         i == context.vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
-    QV_TRY(qcow2::check_image_suits(*images[i], role, qcow2::ImageUse::ours));
+    QV_TRY(qcow2::check_image_suits(*images[i], role, bitmaps_of(options)));
   }
 
   qcow2::NewSnapshot snapshot;

@@ -140,10 +140,10 @@ Result<void> check_save_options(const SaveOptions &options) {
   if (!options.name.empty()) {
     return refuse("NAME is that of a snapshot in the VM's qcow2; it cannot go with --to or --fd");
   }
-  if (options.replace || !options.vmstate_node.empty()) {
+  if (options.replace || options.allow_bitmaps || !options.vmstate_node.empty()) {
     return refuse(
-        "--replace and --vmstate-node mean a snapshot in the VM's qcow2; they cannot go "
-        "with --to or --fd");
+        "--replace, --allow-bitmaps and --vmstate-node mean a snapshot in the VM's qcow2; they "
+        "cannot go with --to or --fd");
   }
   if ((target.kind == SaveTarget::Kind::passed) != has_descriptors) {
     return refuse(has_descriptors ? "--fd and --direct-fd cannot go with --to file:"

@@ -1,5 +1,5 @@
 """Kinds of images and of what they lie on that need a QEMU to be seen: many snapshots of QEMU's own,
-block devices, storage without O_DIRECT."""
+persistent bitmaps, block devices, storage without O_DIRECT."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import unittest
 
 import vm
 from bed import BedTest, cases, full_only
+from qmp import QmpError
 
 
 class Kinds(BedTest):
@@ -60,6 +61,73 @@ class Kinds(BedTest):
         guest.qemu.img("snapshot", "-a", "s1", guest.qemu.inner(image))
         guest.check_image()
         self.assertEqual(guest.snapshot_names(), names[1:-1])
+
+    # Persistent bitmaps.
+
+    def bitmap(self, guest):
+        """What QEMU says of the bitmap of a disk."""
+        for node in guest.qmp.execute("query-named-block-nodes"):
+            if node.get("node-name") == "d0":
+                found = [bitmap for bitmap in node["dirty-bitmaps"] if bitmap.get("name") == "kept"]
+                self.assertEqual(len(found), 1, node["dirty-bitmaps"])
+                return found[0]
+        raise self.failureException("no node d0")
+
+    def assert_bitmap_in_image(self, guest):
+        """As qemu-img sees it once QEMU has ended: stored, and not left in use."""
+        image = guest.qemu.inner(guest.disks[0].path)
+        said = json.loads(guest.qemu.img("info", "--output=json", image).stdout)
+        bitmaps = said["format-specific"]["data"]["bitmaps"]
+        self.assertEqual([(bitmap["name"], bitmap["flags"]) for bitmap in bitmaps],
+                         [("kept", ["auto"])])
+
+    @cases(("host", "plugin"), ("10.0", "attach"), ("newest", "plugin"), ("newest", "attach"),
+           quick=[("host", "plugin"), ("newest", "attach")])
+    def test_bitmaps(self, qemu, how):
+        """QEMU stores them when it lets go of the image and reads them when it takes it back: they
+        count on over a save. Load and bitmaps exclude each other."""
+        guest = self.one_disk(qemu, how).start()
+        guest.qmp.execute("block-dirty-bitmap-add", node="d0", name="kept", persistent=True,
+                          granularity=65536)
+        guest.fill(11)
+        self.assert_writes_go_on(guest)
+        self.refused(self.save_args(guest, "one"), "kept", "--allow-bitmaps")
+        guest.stop()
+        before = self.bitmap(guest)
+        self.assertGreater(before["count"], 0)
+        report = self.save(guest, "one", "--allow-bitmaps")
+        self.assertTrue(any("kept" in warning for warning in report["warnings"]), report)
+        self.assertEqual(self.bitmap(guest), before)
+        guest.cont()
+        self.save(guest, "two", "--allow-bitmaps")  # now one that lies in the image
+        self.assertEqual(guest.status(), "running")
+        self.tool("delete", "two", "--qmp", guest.tool_socket)
+        self.save(guest, "one", "--allow-bitmaps", "--replace")
+        self.assert_writes_go_on(guest)
+        after = self.bitmap(guest)
+        self.assertGreaterEqual(after["count"], before["count"])
+        self.assertTrue(after["recording"] and after["persistent"])
+        self.assertFalse(after.get("inconsistent", False))
+        with self.assertRaises(QmpError):
+            guest.loadvm("one")
+        if guest.status() != "running":
+            guest.cont()
+        guest.quit()
+        guest.check_image()
+        self.assert_bitmap_in_image(guest)
+        image = guest.disks[0].path
+        self.tool("convert", image, "one", "--compress")
+        guest.check_image()
+        self.assert_bitmap_in_image(guest)
+        guest.start(paused=True)
+        self.assertFalse(self.bitmap(guest).get("inconsistent", False))
+        self.assertGreaterEqual(self.bitmap(guest)["count"], before["count"])
+        guest.qmp.execute("block-dirty-bitmap-remove", node="d0", name="kept")
+        guest.loadvm("one")
+        guest.cont()
+        self.assert_seed(guest, 11)
+        guest.quit()
+        guest.check_image()
 
     # What images lie on.
 

@@ -85,6 +85,7 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
   SaveOptions options;
   options.name = "sn\"ap \xc3\xa9";
   options.replace = true;
+  options.allow_bitmaps = true;
   options.vmstate_node = "n0";
   options.direct = io::DirectMode::off;
   options.engine = io::Engine::threads;
@@ -99,6 +100,7 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
   ASSERT_TRUE(report) << report.error().message;
   EXPECT_EQ(seen.name, options.name);
   EXPECT_TRUE(seen.replace);
+  EXPECT_TRUE(seen.allow_bitmaps);
   EXPECT_EQ(seen.vmstate_node, "n0");
   EXPECT_EQ(seen.direct, io::DirectMode::off);
   EXPECT_EQ(seen.engine, io::Engine::threads);
@@ -157,7 +159,8 @@ TEST(ControlMessages, WhatIsNotUsedIsNotSentToAnOlderPlugin) {
   SaveOptions options;
   options.name = "x";
   const Json json = to_json(options);
-  for (const char *key : {"layout", "sparse-bitmap", "channels", "to", "descriptors"}) {
+  for (const char *key :
+       {"layout", "sparse-bitmap", "channels", "to", "descriptors", "allow-bitmaps"}) {
     EXPECT_FALSE(json.contains(key)) << key;
   }
 }

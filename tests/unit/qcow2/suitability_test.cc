@@ -36,7 +36,7 @@ class Suitability : public testing::Test {
       ADD_FAILURE() << image.error().message;
       return {};
     }
-    return check_image_suits(*image, role, use);
+    return check_image_suits(*image, role, Bitmaps::refuse, use);
   }
   void expect_refused(const std::string &why, const std::string &remedy,
                       ImageRole role = ImageRole::vmstate) {

@@ -34,11 +34,13 @@ Parsed parse(const std::string &words) {
 }
 
 TEST(SaveArguments, NameAloneIsASnapshotAsBefore) {
-  const Parsed parsed = parse("before --replace --vmstate-node n0 --limit-rate 1M");
+  const Parsed parsed = parse("before --replace --allow-bitmaps --vmstate-node n0 --limit-rate 1M");
   EXPECT_EQ(parsed.refusal, "");
   const qemu::SaveOptions &options = parsed.command.options;
   EXPECT_EQ(options.name, "before");
   EXPECT_TRUE(options.replace);
+  EXPECT_TRUE(options.allow_bitmaps);
+  EXPECT_FALSE(parse("before").command.options.allow_bitmaps);
   EXPECT_EQ(options.vmstate_node, "n0");
   EXPECT_EQ(options.rate_limit_bytes_per_second, 1048576U);
   EXPECT_EQ(options.to, "");
@@ -78,9 +80,10 @@ TEST(SaveArguments, WhatDoesNotGoTogetherIsWrongUsage) {
       {"", "a save needs the NAME of a snapshot, or a target (--to file:PATH)"},
       {"x --to file:/f", "it cannot go with --to or --fd"},
       {"x --fd 7 --direct-fd 8", "it cannot go with --to or --fd"},
-      {"--to file:/f --replace", "--replace and --vmstate-node mean a snapshot"},
-      {"--to file:/f --vmstate-node n", "--replace and --vmstate-node mean a snapshot"},
-      {"--fd 7 --direct-fd 8 --replace", "--replace and --vmstate-node mean a snapshot"},
+      {"--to file:/f --replace", "and --vmstate-node mean a snapshot"},
+      {"--to file:/f --vmstate-node n", "and --vmstate-node mean a snapshot"},
+      {"--to file:/f --allow-bitmaps", "and --vmstate-node mean a snapshot"},
+      {"--fd 7 --direct-fd 8 --replace", "and --vmstate-node mean a snapshot"},
       {"--fd 7", "--fd and --direct-fd go together"},
       {"--direct-fd 7", "--fd and --direct-fd go together"},
       {"--fd 7 --direct-fd 7", "are the same descriptor"},
