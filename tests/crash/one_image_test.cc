@@ -7,6 +7,9 @@
 
 #include "prepared_image.h"
 #include "recorder.h"
+#include "unit/vmstate/stream_fixture.h"
+#include "vmstate/compressed_copy.h"
+#include "vmstate/state_checksum.h"
 
 namespace qvmstate::qcow2::test {
 namespace {
@@ -20,6 +23,10 @@ enum class Action {
   remove_then_save,
   fixed_save,              // as mapped-ram is written: at fixed offsets, in another order
   remove_then_fixed_save,  // into clusters that were used before
+  convert,                 // another state in the place of a snapshot's
+  convert_compressed,
+  import_state,  // as a set of one image, the checksum in the table
+  import_replacing,
 };
 
 struct Case {
@@ -45,6 +52,14 @@ const char *name_of(Action action) {
       return "fixed_save";
     case Action::remove_then_fixed_save:
       return "delete_then_fixed_save";
+    case Action::convert:
+      return "convert";
+    case Action::convert_compressed:
+      return "convert_compressed";
+    case Action::import_state:
+      return "import";
+    case Action::import_replacing:
+      return "import_replacing";
   }
   return "?";
 }
@@ -57,6 +72,7 @@ std::vector<Case> cases() {
       {3, 4 * kib, true},
       {3, 64 * kib, false},
       {3, 2 * mib, true},
+      {3, 64 * kib, false, false, true},
       {3, 16 * kib, true, true, true},
   };
   if (rounds() > 1) {
@@ -66,14 +82,26 @@ std::vector<Case> cases() {
                                {3, 4 * kib, false},
                                {3, 64 * kib, true},
                                {3, 2 * mib, false},
-                               {3, 64 * kib, false, true}});
+                               {3, 64 * kib, false, true},
+                               {3, 4 * kib, true, false, true},
+                               {3, 2 * mib, false, false, true}});
   }
   std::vector<Case> all;
-  for (const PreparedKind &kind : kinds) {
-    for (const Action action :
-         {Action::save, Action::replace, Action::remove, Action::rename, Action::cancelled_save,
-          Action::remove_then_save, Action::fixed_save, Action::remove_then_fixed_save}) {
-      all.push_back({kind, action});
+  constexpr Action actions[] = {
+      Action::save,           Action::replace,
+      Action::remove,         Action::rename,
+      Action::cancelled_save, Action::remove_then_save,
+      Action::fixed_save,     Action::remove_then_fixed_save,
+      Action::convert,        Action::convert_compressed,
+      Action::import_state,   Action::import_replacing,
+  };
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    for (size_t j = 0; j < std::size(actions); ++j) {
+      // In the normal run half of the pairs, as on a chessboard: each kind, and each action, with
+      // every second one of the other.
+      if (rounds() > 1 || (i + j) % 2 == 0) {
+        all.push_back({kinds[i], actions[j]});
+      }
     }
   }
   return all;
@@ -97,6 +125,14 @@ const Bytes &fixed_stream() {
   return bytes;
 }
 constexpr uint32_t new_date = 1700001111;
+const Bytes &new_checksum() {
+  static const Bytes bytes = [] {
+    vmstate::StreamDigest digest;
+    digest.add(new_stream());
+    return vmstate::format_checksum(digest.finish());
+  }();
+  return bytes;
+}
 
 // A snapshot of QEMU's (id 1), one of ours with a vmstate (id 2), and a disk changed after each.
 void prepare(const std::string &path, const PreparedKind &kind) {
@@ -151,9 +187,53 @@ std::vector<ImageView> states(Action action, const ImageView &before) {
       all.push_back(after);
       after.snapshots["fresh"] = fresh_snapshot(before, "2", fixed_stream());
       break;
+    case Action::convert:
+    case Action::convert_compressed:
+      after.snapshots["victim"].vmstate = new_stream();
+      after.snapshots["victim"].more_extra = new_checksum();
+      break;
+    case Action::import_state:
+      after.snapshots["fresh"] = fresh_snapshot(before, "3");
+      after.snapshots["fresh"].more_extra = new_checksum();
+      break;
+    case Action::import_replacing:
+      after.snapshots["victim"] = fresh_snapshot(before, "3");
+      after.snapshots["victim"].more_extra = new_checksum();
+      break;
   }
   all.push_back(after);
   return all;
+}
+
+// As `qvmstate convert` does it, in one edit.
+Result<void> convert(Image &image, const std::string &name, bool compress) {
+  QV_ASSIGN(const auto edit, ImageEdit::begin(image));
+  QV_TRY(edit->replace_vmstate(static_cast<size_t>(find_snapshot(image.snapshots(), name))));
+  if (compress) {
+    vmstate::test::BlobSource source(new_stream());
+    QV_TRY(vmstate::copy_compressed(source, new_stream().size(), image.header(),
+                                    edit->compressed_vmstate(), 2, [] { return Result<void>(); }));
+  } else {
+    QV_TRY(write_stream(image.file(), edit->vmstate(), new_stream(), 64 * kib));
+  }
+  edit->set_added_extra(new_checksum());
+  QV_TRY(image.file().sync());
+  QV_TRY(edit->commit(new_stream().size()));
+  edit->give_back_space();
+  return {};
+}
+
+// As `qvmstate import` does it.
+Result<void> import_into(Image &image, const std::string &name, bool replace) {
+  NewSnapshot snapshot;
+  snapshot.name = name;
+  snapshot.date_seconds = new_date;
+  QV_ASSIGN(const auto set, SetSave::begin({&image}, 0, snapshot, replace));
+  set->expect_stream_bytes(new_stream().size());
+  QV_TRY(write_stream(image.file(), set->vmstate(), new_stream(), 64 * kib));
+  set->set_more_extra(new_checksum());
+  QV_TRY(image.file().sync());
+  return set->commit(new_stream().size());
 }
 
 Result<void> perform(Action action, Image &image) {
@@ -189,6 +269,13 @@ Result<void> perform(Action action, Image &image) {
       // Without giving its space back: the clusters hold the old bytes when they are taken.
       QV_TRY(remove(image, "victim", false));
       return save(image, "fresh", fixed_stream(), options);
+    case Action::convert:
+    case Action::convert_compressed:
+      return convert(image, "victim", action == Action::convert_compressed);
+    case Action::import_state:
+      return import_into(image, "fresh", false);
+    case Action::import_replacing:
+      return import_into(image, "victim", true);
   }
   return {};
 }
@@ -267,6 +354,7 @@ TEST_P(OneImage, CutAfterEveryChange) {
     }
   }
   EXPECT_EQ(reached, static_cast<int>(states_.size()) - 1);
+  EXPECT_TRUE(!GetParam().kind.bitmap || has_good_bitmap(cut.path()));
 }
 
 // A disk with a cache: what was written since the last sync may be there or not, in any order,
@@ -279,39 +367,40 @@ TEST_P(OneImage, UnsyncedWritesLostReorderedOrTorn) {
   for (unsigned round = 0; round < (GetParam().kind.cluster_bytes == 2 * mib ? 3 : 8) * rounds();
        ++round) {
     const size_t changes = random() % (clock.changes.size() + 1);
-    size_t synced = changes;
-    while (synced > 0 && clock.changes[synced - 1].entry.operation != io::FileOperation::sync) {
-      --synced;
-    }
+    const CacheLoss loss(clock, changes);
     CutFile cut(scratch_.path("torn.qcow2"), contents_);
-    for (size_t i = 0; i < synced; ++i) {
-      cut.apply(clock.changes[i].entry);
-    }
+    CutFile *const files[] = {&cut};
+    loss.apply_synced(files);
     const int durable = state_index(states_, view_of(cut.path()));
     ASSERT_GE(durable, 0);
-    std::vector<size_t> unsynced;
-    for (size_t i = synced; i < changes; ++i) {
-      unsynced.push_back(i);
-    }
-    std::shuffle(unsynced.begin(), unsynced.end(), random);
-    for (const size_t i : unsynced) {
-      switch (random() % 3) {
-        case 0:
-          break;
-        case 1:
-          cut.apply(clock.changes[i].entry);
-          break;
-        case 2:
-          cut.apply_torn(clock.changes[i].entry, random);
-          break;
-      }
-    }
+    loss.apply_some(files, random);
     ++tally().torn;
-    SCOPED_TRACE("round " + std::to_string(round) + ", " + std::to_string(synced) +
-                 " changes synced, " + std::to_string(changes - synced) + " not");
+    SCOPED_TRACE("round " + std::to_string(round) + ", " + std::to_string(changes) +
+                 " changes, the last " + std::to_string(loss.unsynced()) + " not synced");
     ASSERT_EQ(checked(cut.path()), "");
     const int state = state_index(states_, view_of(cut.path()));
     ASSERT_GE(state, durable);
+  }
+}
+
+// Transfers cut short, interrupted (EINTR) and refused for now (EAGAIN, as by a full ring) change
+// nothing of what comes out.
+TEST_P(OneImage, CutInterruptedAndRefusedTransfersEndWhole) {
+  for (unsigned seed = 0; seed < 2 * rounds(); ++seed) {
+    Clock clock;
+    RecordedImage opened(clock, 0, path_);
+    clock.options.seed = seed;
+    clock.options.short_percent = 20;
+    clock.options.interrupted_percent = 10;
+    clock.options.again_percent = 10;
+    opened.set_options(clock.options);
+    const auto done = perform(GetParam().action, *opened);
+    ASSERT_TRUE(done) << "seed " << seed << ": " << done.error().message;
+    ++tally().noisy;
+    const std::string path = scratch_.path("noisy.qcow2");
+    write_sparse(path, opened.contents());
+    ASSERT_EQ(checked(path), "");
+    ASSERT_TRUE(view_of(path) == states_.back()) << "seed " << seed;
   }
 }
 
@@ -331,7 +420,7 @@ TEST_P(OneImage, EveryOperationFailsOnce) {
                    : std::max<uint64_t>(
                          1, operations / (GetParam().kind.cluster_bytes == 2 * mib ? 15 : 40));
   for (uint64_t nth = 0; nth < operations; nth += step) {
-    const int error = nth / step % 2 == 0 ? EIO : ENOSPC;
+    const int error = fault_errno(nth / step);
     SCOPED_TRACE("operation " + std::to_string(nth) + " of " + std::to_string(operations) +
                  " fails with errno " + std::to_string(error));
     Clock clock;

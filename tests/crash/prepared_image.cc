@@ -11,6 +11,11 @@ std::string kind_name(const PreparedKind &kind) {
          (kind.bitmap ? "_bitmap" : "");
 }
 
+bool has_good_bitmap(const std::string &path) {
+  const std::string info = qemu_img({"info", "-f", "qcow2", path}).output;
+  return info.find("name: backup") != std::string::npos && info.find("in-use") == std::string::npos;
+}
+
 uint64_t disk_bytes_of(const PreparedKind &kind) {
   return (kind.cluster_bytes == 2 * mib ? 5 * mib : 400 * kib) + 512;
 }
@@ -46,7 +51,7 @@ void create_image(const std::string &path, const PreparedKind &kind) {
   create.insert(create.end(), {path, std::to_string(disk_bytes_of(kind))});
   must(qemu_img(create));
   if (kind.bitmap) {
-    must(qemu_img({"bitmap", "--add", path, "changed"}));
+    must(qemu_img({"bitmap", "--add", "-g", "4096", "-f", "qcow2", path, "backup"}));
   }
   write_generation(path, kind, 0);
 }

@@ -14,11 +14,14 @@ struct PreparedKind {
   uint64_t cluster_bytes;
   bool backing_file;
   bool extended_l2 = false;
-  bool bitmap = false;
+  bool bitmap = false;  ///< a persistent dirty bitmap, version 3 only
 };
 
 std::string kind_name(const PreparedKind &kind);
 uint64_t disk_bytes_of(const PreparedKind &kind);
+
+/// Whether QEMU finds the bitmap of create_image() there, and not left open by a writer.
+bool has_good_bitmap(const std::string &path);
 
 /// Throws with the output of a command that failed.
 void must(const CommandResult &result);

@@ -20,7 +20,7 @@ constexpr size_t sector_bytes = 512;
 class ClockedBackend : public io::MemoryBackend {
  public:
   ClockedBackend(Clock &clock, size_t file_index, Bytes contents)
-      : MemoryBackend(std::move(contents), options()), clock_(clock), file_index_(file_index) {}
+      : MemoryBackend(std::move(contents), clock.options), clock_(clock), file_index_(file_index) {}
 
   io::BackendCompletion reap() override {
     return counted([&] { return MemoryBackend::reap(); });
@@ -45,12 +45,6 @@ class ClockedBackend : public io::MemoryBackend {
   }
 
  private:
-  static io::MemoryOptions options() {
-    io::MemoryOptions options;
-    options.out_of_order = true;
-    return options;
-  }
-
   template <class Operation>
   std::invoke_result_t<Operation> counted(Operation operation,
                                           std::optional<uint64_t> written_at = std::nullopt) {
@@ -59,13 +53,13 @@ class ClockedBackend : public io::MemoryBackend {
       clock_.failed = true;
       clock_.failed_offset = written_at;
       clock_.failed_file = file_index_;
-      io::MemoryOptions failing = options();
+      io::MemoryOptions failing = clock_.options;
       failing.faults = {{std::nullopt, 0, -clock_.fail_errno}};
       set_options(failing);
     }
     auto result = operation();
     if (fails) {
-      set_options(options());
+      set_options(clock_.options);
     }
     for (; seen_ < journal().size(); ++seen_) {
       clock_.changes.push_back({file_index_, journal()[seen_]});
@@ -85,10 +79,11 @@ class TallyPrinter : public testing::Environment {
   void TearDown() override {
     std::printf(
         "crash: %llu cuts, %llu with unsynced writes lost, reordered or torn, %llu failed "
-        "operations, %llu recoveries of pairs; %llu times qemu-img check, %llu times qemu-img "
-        "convert\n",
+        "operations, %llu runs with transfers cut short, interrupted and refused, %llu recoveries "
+        "of pairs; %llu times qemu-img check, %llu times qemu-img convert\n",
         static_cast<unsigned long long>(totals.cuts), static_cast<unsigned long long>(totals.torn),
         static_cast<unsigned long long>(totals.faults),
+        static_cast<unsigned long long>(totals.noisy),
         static_cast<unsigned long long>(totals.recoveries),
         static_cast<unsigned long long>(totals.checks),
         static_cast<unsigned long long>(totals.converts));
@@ -190,6 +185,43 @@ void CutFile::apply_torn(const io::JournalEntry &entry, std::mt19937_64 &random)
   }
 }
 
+CacheLoss::CacheLoss(const Clock &clock, size_t changes) : clock_(clock) {
+  std::vector<bool> has_sync_behind;
+  for (size_t i = changes; i-- > 0;) {
+    const Clock::Change &change = clock.changes[i];
+    has_sync_behind.resize(std::max(has_sync_behind.size(), change.file + 1));
+    if (change.entry.operation == io::FileOperation::sync) {
+      has_sync_behind[change.file] = true;
+    }
+    (has_sync_behind[change.file] ? synced_ : unsynced_).push_back(i);
+  }
+  std::reverse(synced_.begin(), synced_.end());
+}
+
+void CacheLoss::apply_synced(std::span<CutFile *const> files) const {
+  for (const size_t i : synced_) {
+    files[clock_.changes[i].file]->apply(clock_.changes[i].entry);
+  }
+}
+
+void CacheLoss::apply_some(std::span<CutFile *const> files, std::mt19937_64 &random) const {
+  std::vector<size_t> order = unsynced_;
+  std::shuffle(order.begin(), order.end(), random);
+  for (const size_t i : order) {
+    CutFile &file = *files[clock_.changes[i].file];
+    switch (random() % 3) {
+      case 0:
+        break;
+      case 1:
+        file.apply(clock_.changes[i].entry);
+        break;
+      case 2:
+        file.apply_torn(clock_.changes[i].entry, random);
+        break;
+    }
+  }
+}
+
 ImageView view_of(const std::string &path) {
   io::OpenOptions options;
   options.direct = io::DirectMode::off;
@@ -208,6 +240,11 @@ ImageView view_of(const std::string &path) {
     throw std::runtime_error(seen.error().message);
   }
   return std::move(*seen);
+}
+
+int fault_errno(uint64_t turn) {
+  constexpr int errors[] = {EIO, ENOSPC, EDQUOT};
+  return errors[turn % std::size(errors)];
 }
 
 unsigned rounds() {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +30,12 @@ struct Clock {
   uint64_t operations = 0;      ///< reads included
   uint64_t fail_at = UINT64_MAX;
   int fail_errno = 0;
+  /// Of all files, except for that operation.
+  io::MemoryOptions options = [] {
+    io::MemoryOptions reordering;
+    reordering.out_of_order = true;
+    return reordering;
+  }();
   bool failed = false;  ///< the operation `fail_at` came
   /// Where it would have written, if it was a synchronous write.
   std::optional<uint64_t> failed_offset;
@@ -43,6 +50,8 @@ class RecordedImage {
 
   Image &operator*() { return *image_; }
   io::File &file() { return *file_; }
+  /// From here on; the clock has those of the start.
+  void set_options(const io::MemoryOptions &options) { backend_->set_options(options); }
   const Bytes &contents() const { return backend_->contents(); }
 
  private:
@@ -71,11 +80,30 @@ class CutFile {
   int descriptor_;
 };
 
+/// A crash after the first `changes` of a recording, on disks with a cache.
+class CacheLoss {
+ public:
+  CacheLoss(const Clock &clock, size_t changes);
+  size_t unsynced() const { return unsynced_.size(); }
+  /// What the crash cannot take away, in order: whatever has a sync of its own file behind it.
+  void apply_synced(std::span<CutFile *const> files) const;
+  /// Of the rest a random choice is lost, comes in another order, or is written in part.
+  void apply_some(std::span<CutFile *const> files, std::mt19937_64 &random) const;
+
+ private:
+  const Clock &clock_;
+  std::vector<size_t> synced_;  // indices of changes
+  std::vector<size_t> unsynced_;
+};
+
 /// Writes a file that has holes where `contents` is zero.
 void write_sparse(const std::string &path, const Bytes &contents);
 
 /// What the image at `path` holds; throws if it cannot be opened and read.
 ImageView view_of(const std::string &path);
+
+/// EIO, ENOSPC and EDQUOT in turn.
+int fault_errno(uint64_t turn);
 
 /// How much more than the normal run to do: $QVMSTATE_CRASH_ROUNDS, 1 without it.
 unsigned rounds();
@@ -85,6 +113,7 @@ struct Tally {
   uint64_t cuts = 0;        ///< crashes after one change, every earlier one on the disk
   uint64_t torn = 0;        ///< crashes with unsynced writes lost, reordered or torn
   uint64_t faults = 0;      ///< operations that failed
+  uint64_t noisy = 0;       ///< runs with transfers cut short, interrupted and refused
   uint64_t recoveries = 0;  ///< of image pairs
   uint64_t checks = 0;      ///< by qemu-img check
   uint64_t converts = 0;    ///< disks read by qemu-img convert
