@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "plugin/qemu/handover.h"
+#include "plugin/qemu/marks.h"
 #include "qcow2/io/signals.h"
 
 namespace qvmstate::qemu {

@@ -1,6 +1,5 @@
 #include "plugin/qemu/handover.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
@@ -77,32 +76,6 @@ Result<std::unique_ptr<qcow2::Image>> open_image(io::File &file, const Disk &dis
 
 }  // namespace
 
-Result<Marks> find_marks(Qmp &qmp) {
-  Marks marks;
-  QV_ASSIGN(const Json sets, qmp.execute("query-fdsets"));
-  for (const Json &set : sets) {
-    for (const Json &member : at(set, "fds")) {
-      const std::string opaque = text_at(member, "opaque");
-      if (opaque.starts_with(mark_prefix)) {
-        marks.fdsets.push_back(number_at(set, "fdset-id"));
-        marks.was_running =
-            marks.was_running || opaque.starts_with(std::string(mark_prefix) + "running ");
-        break;
-      }
-    }
-  }
-  return marks;
-}
-
-void forget_marks(Qmp &qmp) {
-  if (const auto marks = find_marks(qmp)) {
-    for (const uint64_t fdset : marks->fdsets) {
-      // QEMU may have closed the set itself, which is as good.
-      (void)qmp.execute("remove-fd", {{"fdset-id", fdset}});
-    }
-  }
-}
-
 bool can_set_active(const Qmp &qmp) {
   return qmp.version_major() >= 10;
 }
@@ -137,25 +110,7 @@ Handover::~Handover() {
 }
 
 Result<void> Handover::mark(const std::string &what) {
-  memfd_ = Descriptor(::memfd_create("qvmstate-devices", MFD_CLOEXEC));
-  if (!memfd_) {
-    return fail_errno(errno, "creating memory for the device state");
-  }
-  // QEMU opens members of an fd set only with exactly their access mode.
-  const Descriptor writable(
-      ::open(own_descriptor_path(memfd_.get()).c_str(), O_WRONLY | O_CLOEXEC));
-  if (!writable) {
-    return fail_errno(errno, "opening memory for the device state");
-  }
-  const std::string state = was_running_ ? "running" : "paused";
-  QV_ASSIGN(const Json added,
-            qmp_.execute("add-fd", {{"opaque", std::string(mark_prefix) + state + " " + what}},
-                         command_limit, writable.get()));
-  if (!at(added, "fdset-id").is_number()) {
-    return fail(ErrorCode::peer, "QEMU took a descriptor, but named no fd set");
-  }
-  fdset_ = number_at(added, "fdset-id");
-  marked_ = true;
+  QV_ASSIGN(mark_, Mark::leave(qmp_, was_running_, what));
   return {};
 }
 
@@ -168,9 +123,8 @@ Result<void> Handover::stop() {
 Result<void> Handover::take() {
   taken_ = true;  // also when no answer comes
   // With `live`, the default, QEMU lets go of the disks of a stopped VM.
-  auto written =
-      qmp_.execute("xen-save-devices-state", {{"filename", "/dev/fdset/" + std::to_string(fdset_)},
-                                              {"live", kind_ == HandoverKind::images}});
+  auto written = qmp_.execute("xen-save-devices-state", {{"filename", mark_->qemu_path()},
+                                                         {"live", kind_ == HandoverKind::images}});
   if (!written) {
     if (qmp_.alive() && kind_ == HandoverKind::images) {
       written.error().message +=
@@ -207,7 +161,7 @@ Result<void> Handover::take() {
 
 Result<void> Handover::map_device_bytes() {
   struct stat status;
-  if (::fstat(memfd_.get(), &status) != 0) {
+  if (::fstat(mark_->file(), &status) != 0) {
     return fail_errno(errno, "reading the device state");
   }
   const auto bytes = static_cast<uint64_t>(status.st_size);
@@ -215,7 +169,7 @@ Result<void> Handover::map_device_bytes() {
     return fail(ErrorCode::peer,
                 "QEMU wrote a device state of " + std::to_string(bytes) + " bytes");
   }
-  void *data = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, memfd_.get(), 0);
+  void *data = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, mark_->file(), 0);
   if (data == MAP_FAILED) {
     return fail_errno(errno, "mapping the device state");
   }
@@ -238,8 +192,9 @@ Result<void> Handover::give_back() {
     }
     stopped_ = false;
   }
-  if (marked_) {
-    marked_ = false;
+  if (mark_) {
+    mark_->unlock();
+    mark_.reset();
     forget_marks(qmp_);
   }
   return {};

@@ -1,12 +1,11 @@
 // Taking the disk images of a running QEMU, and giving them back.
 //
-// mark    an empty memfd in an fd set of QEMU says what was going on, should we die
+// mark    says what was going on, should we die (marks.h)
 // stop    the guest stands; QEMU keeps its locks
-// take    xen-save-devices-state into that memfd: the device state, and, as the VM is stopped,
-// every
-//         block node inactive and its write locks dropped. Its return value does not prove that;
-//         the lock bytes (and from 10.0 on the nodes) do. Never called twice while inactive: 7.2
-//         aborts.
+// take    xen-save-devices-state into the mark's file: the device state, and, as the VM is
+//         stopped, every block node inactive and its write locks dropped. Its return value does not
+//         prove that; the lock bytes (and from 10.0 on the nodes) do. Never called twice while
+//         inactive: 7.2 aborts.
 // give_back   `cont`, or for a VM that was paused: activation without running. QEMU reads the qcow2
 //             metadata anew and takes its locks back. Also done by the destructor.
 //
@@ -15,12 +14,13 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "plugin/qemu/block_nodes.h"
-#include "plugin/qemu/descriptor.h"
+#include "plugin/qemu/marks.h"
 #include "plugin/qemu/qmp.h"
 #include "qcow2/image.h"
 #include "qcow2/io/file.h"
@@ -28,18 +28,6 @@
 #include "qcow2/locks.h"
 
 namespace qvmstate::qemu {
-
-/// How the words begin that an operation leaves in QEMU; then "running NAME" or "paused NAME".
-constexpr std::string_view mark_prefix = "qvmstate: was ";
-
-/// What the fd sets of operations in this QEMU say.
-struct Marks {
-  std::vector<uint64_t> fdsets;
-  bool was_running = false;
-};
-Result<Marks> find_marks(Qmp &qmp);
-/// Removes them, those of interrupted operations too. To call when the guest is as it was.
-void forget_marks(Qmp &qmp);
 
 /// Makes the images QEMU's again and lets the guest run, or not. Tries again for `patience` while
 /// somebody (the I/O of a killed saver) still holds a lock.
@@ -78,9 +66,7 @@ class Handover {
   const std::vector<Disk> &disks_;
   bool was_running_;
   HandoverKind kind_;
-  Descriptor memfd_;
-  uint64_t fdset_ = 0;
-  bool marked_ = false;
+  std::optional<Mark> mark_;
   bool stopped_ = false;
   bool taken_ = false;
   std::span<const std::byte> device_bytes_;

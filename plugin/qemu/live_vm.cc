@@ -4,6 +4,7 @@
 
 #include <cerrno>
 
+#include "plugin/qemu/marks.h"
 #include "plugin/qemu/preflight.h"
 
 namespace qvmstate::qemu {
@@ -26,6 +27,7 @@ Result<LiveVm> connect_vm(const std::string &qmp_path) {
                     "second -qmp unix:PATH,server=on,wait=off");
   }
   vm.pid = peer.pid;
+  QV_TRY(check_none_going_on(*vm.qmp));
   return vm;
 }
 

@@ -22,7 +22,7 @@ struct LiveVm {
   std::vector<Disk> disks;
 };
 
-/// Connects and finds the process behind the socket.
+/// Connects, and finds the process behind the socket; refuses while another operation is going on.
 Result<LiveVm> connect_vm(const std::string &qmp_path);
 
 /// State, disks and who holds them; refuses what an earlier interrupted save left ("qvmstate

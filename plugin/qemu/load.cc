@@ -11,6 +11,7 @@
 
 #include "plugin/qemu/block_nodes.h"
 #include "plugin/qemu/handover.h"
+#include "plugin/qemu/marks.h"
 #include "plugin/qemu/operations.h"
 #include "plugin/qemu/qmp.h"
 #include "plugin/qemu/unix_socket.h"
@@ -164,6 +165,7 @@ Result<LoadReport> load(const std::string &qmp_path, const std::string &name) {
   const auto begin = Clock::now();
   QV_ASSIGN(const std::string word, quoted(name));
   QV_ASSIGN(auto qmp, Qmp::connect(qmp_path));
+  QV_TRY(check_none_going_on(*qmp));
   QV_ASSIGN(const Json before, qmp->execute("query-status"));
   const std::string state = text_at(before, "status");
   if (state != "running" && state != "paused" && state != "prelaunch" && state != "restore-vm") {

@@ -6,6 +6,7 @@
 
 #include "plugin/qemu/handover.h"
 #include "plugin/qemu/live_vm.h"
+#include "plugin/qemu/marks.h"
 #include "plugin/qemu/operations.h"
 #include "qcow2/image_set.h"
 
