@@ -158,8 +158,9 @@ int run(int argc, char **argv) {
 }  // namespace qvmstate::tools
 
 int main(int argc, char **argv) {
-  // A closed pipe or socket is an error that a write returns.
+  // A closed pipe or socket, and a limit on the size of files, are errors that a write returns.
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);
   qvmstate::tools::guard_standard_descriptors();
   try {
     return qvmstate::tools::run(argc, argv);

@@ -15,7 +15,8 @@ namespace qvmstate::vmstate {
 namespace {
 
 constexpr uint64_t page_header_bytes = 8;
-constexpr uint64_t presence_pages_max = 8192;  // looked at for one answer
+constexpr uint64_t presence_pages_max = 8192;   // looked at for one answer
+constexpr uint64_t device_bytes_max = 1 << 30;  // QEMU's have some 100 KiB, frame buffers aside
 
 }  // namespace
 
@@ -225,6 +226,7 @@ Result<void> StoredState::check_all_pages() const {
 }
 
 Result<void> StoredState::read_devices(StreamSource &source) {
+  uint64_t left_bytes = device_bytes_max;
   for (const StreamSection &section : summary_.devices) {
     const uint64_t header_bytes = 1 + 4 + 1 + section.idstr.size() + 4 + 4;
     const uint64_t whole_bytes = header_bytes + section.bytes + section_footer_bytes;
@@ -233,6 +235,12 @@ Result<void> StoredState::read_devices(StreamSource &source) {
       return fail(ErrorCode::bad_stream, "vmstate stream: section '" + section.idstr +
                                              "' does not lie in it; it is damaged");
     }
+    if (whole_bytes > left_bytes) {
+      return fail(ErrorCode::not_supported,
+                  "vmstate stream: more than " + std::to_string(device_bytes_max / mib) +
+                      " MiB of device sections; let QEMU load it and save it anew");
+    }
+    left_bytes -= whole_bytes;
     std::vector<std::byte> whole(whole_bytes);
     QV_TRY(source.read(StreamOffset(section.offset - header_bytes), whole));
     const auto header = parse_section_header(whole, 0);

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <csignal>
 
 #include "plugin/qemu/handover.h"
 #include "plugin/qemu/live_vm.h"
@@ -245,11 +244,6 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   return {};
 }
 
-/// A write past a file size limit shall fail, not kill.
-void ignore_size_limit_signal() {
-  ::signal(SIGXFSZ, SIG_IGN);
-}
-
 Result<SaveReport> save_snapshot(LiveVm &vm, const SaveOptions &options, const Observer &observer,
                                  Seat seat, Clock::time_point begin) {
   const bool mapped_ram = options.layout == SaveLayout::mapped_ram;
@@ -346,13 +340,11 @@ Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::str
 
 Result<SaveReport> save_by_attach(const std::string &qmp_path, const SaveOptions &options,
                                   const Observer &observer) {
-  ignore_size_limit_signal();
   return save(qmp_path, options, observer, Seat::attached);
 }
 
 Result<DeleteReport> delete_live(const std::string &qmp_path, const std::string &name,
                                  const Observer &observer) {
-  ignore_size_limit_signal();
   return delete_snapshot(qmp_path, name, observer, Seat::attached);
 }
 
