@@ -230,7 +230,7 @@ std::string describe(const Disk &disk) {
 
 std::string path_of_node_name(const std::string &name) {
   if (name.starts_with("json:")) {
-    Json options = Json::parse(name.substr(5), nullptr, false);
+    Json options = parse_json(std::string_view(name).substr(5));
     for (int depth = 0; depth < 4 && options.is_object(); ++depth) {
       if (const std::string path = text_at(options, "filename"); !path.empty()) {
         return path_of_node_name(path);

@@ -33,7 +33,7 @@ struct ControlOperations {
 class ControlServer {
  public:
   /// Binds and listens, mode 0600. Replaces a socket file that nobody listens at; refuses one that
-  /// somebody does, and any other file.
+  /// somebody does, any other file, and a folder in which other users can rename files.
   static Result<ControlServer> listen(const std::string &path);
 
   /// Serves until `end` is set or `wake` becomes readable.

@@ -12,7 +12,7 @@
 namespace qvmstate::qemu {
 namespace {
 
-constexpr size_t answer_bytes_max = 16 << 20;
+constexpr size_t answer_bytes_max = 1 << 20;  // a report has a line for each disk and warning
 constexpr std::chrono::milliseconds look_interval{100};
 /// The plugin reports several times a second while it writes; a flush may take long.
 constexpr std::chrono::seconds silence_limit{120};
@@ -84,7 +84,7 @@ Result<SaveReport> save_by_control(const std::string &control_path, const SaveOp
       return tl::unexpected(with_context(line.error(), shown + ": the plugin"));
     }
     heard = Clock::now();
-    const Json message = Json::parse(*line, nullptr, false);
+    const Json message = parse_json(*line);
     if (text_at(message, "event") == "progress") {
       if (observer.progress) {
         observer.progress({phase_name(text_at(message, "phase")), number_at(message, "ram-done"),

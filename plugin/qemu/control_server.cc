@@ -13,7 +13,7 @@
 namespace qvmstate::qemu {
 namespace {
 
-constexpr size_t request_bytes_max = 64 * 1024;
+constexpr size_t request_bytes_max = 64 * 1024;  // a name and a path, at most 4 KiB, and words
 constexpr std::chrono::seconds request_limit{10};
 constexpr std::chrono::seconds answer_limit{5};
 
@@ -26,6 +26,25 @@ bool has_hung_up(int client) {
   char byte;
   return (waiting.revents & (POLLHUP | POLLERR | POLLRDHUP)) != 0 ||
          ::recv(client, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
+}
+
+/// Whoever can rename files in the socket's folder can put a socket of his own into its place.
+Result<void> check_folder(const std::string &path, const std::string &shown) {
+  const size_t slash = path.rfind('/');
+  const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+  struct stat status;
+  if (::stat(folder.c_str(), &status) != 0) {
+    return fail_errno(errno, shown + ": its folder");
+  }
+  const bool others_write = (status.st_mode & (S_IWGRP | S_IWOTH)) != 0;
+  if ((status.st_uid != 0 && status.st_uid != ::geteuid()) ||
+      (others_write && (status.st_mode & S_ISVTX) == 0)) {
+    return fail(ErrorCode::permission, shown +
+                                           ": other users can replace files in that folder; put it "
+                                           "into one that belongs to QEMU's user and that only he "
+                                           "can write");
+  }
+  return {};
 }
 
 /// One answer; false if the client cannot be reached any more.
@@ -44,6 +63,7 @@ Result<ControlServer> ControlServer::listen(const std::string &path) {
                 shown + ": a socket path has 1 to 107 bytes; use a shorter one");
   }
   std::memcpy(address.sun_path, path.data(), path.size());
+  QV_TRY(check_folder(path, shown));
   struct stat status;
   if (::lstat(path.c_str(), &status) == 0) {
     if (!S_ISSOCK(status.st_mode)) {
@@ -103,7 +123,7 @@ void ControlServer::serve_client(const Descriptor &client, const ControlOperatio
     if (!line) {
       return;
     }
-    const Json request = Json::parse(*line, nullptr, false);
+    const Json request = parse_json(*line);
     const Json &arguments = at(request, "arguments");
     if (!request.is_object() || !at(request, "execute").is_string() ||
         !(arguments.is_object() || arguments.is_discarded())) {

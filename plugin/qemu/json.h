@@ -10,6 +10,18 @@ namespace qvmstate::qemu {
 
 using Json = nlohmann::json;
 
+/// How deep a message may nest. QEMU describes a backing chain as one object in the other, and its
+/// chains are seldom longer than some ten files; what nests deeper is left out.
+constexpr int json_depth_max = 1000;
+
+/// Discarded if it is no JSON. Takes at most some 30 bytes for each of the text, whose length the
+/// reader of lines bounds.
+inline Json parse_json(std::string_view text) {
+  return Json::parse(
+      text, [](int depth, Json::parse_event_t, const Json &) { return depth < json_depth_max; },
+      false);
+}
+
 /// A value that is not there; what at() returns for a missing key or a value that is no object.
 inline const Json json_missing = Json(Json::value_t::discarded);
 

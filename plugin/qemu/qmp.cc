@@ -20,7 +20,7 @@ Result<std::unique_ptr<Qmp>> Qmp::connect(const std::string &path, milliseconds 
     }
     return tl::unexpected(with_context(line.error(), shown));
   }
-  const Json hello = Json::parse(*line, nullptr, false);
+  const Json hello = parse_json(*line);
   const Json &version = at(at(at(hello, "QMP"), "version"), "qemu");
   if (!version.is_object()) {
     return fail(ErrorCode::peer,
@@ -71,7 +71,7 @@ Result<Json> Qmp::execute(const std::string &command, const Json &arguments, mil
       broken_ = true;
       return tl::unexpected(with_context(line.error(), "QMP command '" + command + "': QEMU"));
     }
-    const Json reply = Json::parse(*line, nullptr, false);
+    const Json reply = parse_json(*line);
     if (!reply.is_object()) {
       broken_ = true;
       return fail(ErrorCode::peer,

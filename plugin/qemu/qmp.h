@@ -24,7 +24,8 @@ using std::chrono::milliseconds;
 
 constexpr milliseconds greeting_limit{3000};
 constexpr milliseconds command_limit{60'000};  ///< `cont` may wait for slow storage
-constexpr size_t reply_bytes_max = 64 << 20;
+/// QEMU's longest answer, on all block nodes, has some KiB for each.
+constexpr size_t reply_bytes_max = 16 << 20;
 
 class Qmp {
  public:

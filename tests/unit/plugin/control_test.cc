@@ -6,6 +6,7 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -370,6 +371,53 @@ TEST_F(ControlTest, IsForItsUserOnly) {
   struct stat status;
   ASSERT_EQ(::stat(path_.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0600U);
+}
+
+// Also where the modes of the file and its folder let him in.
+TEST_F(ControlTest, AnotherUserIsRefused) {
+  if (::geteuid() != 0) {
+    GTEST_SKIP() << "only root can become another user";
+  }
+  constexpr uid_t nobody = 65534;
+  ASSERT_EQ(::chmod(folder_.file("").c_str(), 0755), 0);
+  const auto connect_as_nobody = [&] {
+    // Of this thread alone, unlike setresuid() of the C library: the server stays root.
+    ::syscall(SYS_setresuid, nobody, nobody, 0);
+    auto socket = connect_unix(path_, "control socket");
+    ::syscall(SYS_setresuid, 0, 0, 0);
+    return socket;
+  };
+  // The kernel keeps him out.
+  const auto kept_out = connect_as_nobody();
+  ASSERT_FALSE(kept_out);
+  EXPECT_EQ(kept_out.error().code, ErrorCode::permission);
+  // So do we.
+  ASSERT_EQ(::chmod(path_.c_str(), 0666), 0);
+  const auto socket = connect_as_nobody();
+  ASSERT_TRUE(socket) << socket.error().message;
+  LineReader reader(socket->get(), 1 << 20);
+  EXPECT_THAT(reader.next(Clock::now() + std::chrono::seconds(5)).value_or("(closed)"),
+              HasSubstr("\"class\":\"permission\""));
+}
+
+TEST(Control, RefusesAFolderThatOthersCanWrite) {
+  const testing::TemporaryFolder folder;
+  const std::string inner = folder.file("inner");
+  ASSERT_EQ(::mkdir(inner.c_str(), 0700), 0);
+  for (const mode_t mode : {0770, 0707, 0777}) {
+    ASSERT_EQ(::chmod(inner.c_str(), mode), 0);
+    const auto server = ControlServer::listen(inner + "/c");
+    ASSERT_FALSE(server) << std::oct << mode;
+    EXPECT_EQ(server.error().code, ErrorCode::permission);
+  }
+  for (const mode_t mode : {01777, 0755, 0700}) {
+    ASSERT_EQ(::chmod(inner.c_str(), mode), 0);
+    EXPECT_TRUE(ControlServer::listen(inner + "/c")) << std::oct << mode;
+  }
+  if (::geteuid() == 0) {
+    ASSERT_EQ(::chown(inner.c_str(), 65534, 65534), 0);
+    EXPECT_FALSE(ControlServer::listen(inner + "/c"));
+  }
 }
 
 TEST_F(ControlTest, RefusesAPathThatIsTaken) {

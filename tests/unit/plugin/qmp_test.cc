@@ -2,6 +2,9 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "tests/unit/plugin/fake_qmp.h"
 
@@ -132,6 +135,47 @@ TEST(Qmp, BoundsTheSizeOfAReply) {
   auto answer = (*qmp)->execute("x");
   ASSERT_FALSE(answer);
   EXPECT_THAT(answer.error().message, HasSubstr("more than"));
+}
+
+// The longest messages, of the values that take the most memory for their text.
+TEST(Qmp, HostileJsonTakesBoundedMemory) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "a sanitizer needs more address space than this test allows";
+#endif
+  std::string empties = "[[]";
+  while (empties.size() < reply_bytes_max - 3) {
+    empties += ",[]";
+  }
+  const std::string texts[] = {std::string(reply_bytes_max, '['), empties + "]"};
+  for (const std::string &text : texts) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      const rlimit limit = {768 << 20, 768 << 20};
+      ::setrlimit(RLIMIT_AS, &limit);
+      try {
+        const Json parsed = parse_json(text);
+        ::_exit(parsed.is_discarded() == (text[1] == '[' && text[2] == '[') ? 0 : 1);
+      } catch (const std::exception &) {
+        ::_exit(2);
+      }
+    }
+    int status = -1;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    EXPECT_EQ(status, 0) << text.substr(0, 6);
+  }
+}
+
+TEST(Qmp, DeepNestingIsLeftOut) {
+  const std::string deep(json_depth_max + 1, '[');
+  const Json parsed = parse_json("{\"id\":1,\"x\":" + deep + std::string(deep.size(), ']') + "}");
+  EXPECT_EQ(number_at(parsed, "id"), 1U);
+  unsigned depth = 0;
+  for (const Json *value = &at(parsed, "x"); value->is_array() && !value->empty();
+       value = &value->front()) {
+    ++depth;
+  }
+  EXPECT_LT(depth, static_cast<unsigned>(json_depth_max));
+  EXPECT_GT(depth, static_cast<unsigned>(json_depth_max) - 5);
 }
 
 TEST(Qmp, HumanOutputMustBeText) {
