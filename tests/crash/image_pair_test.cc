@@ -253,6 +253,9 @@ TEST_P(ImagePair, CutAfterEveryChangeThenRecovered) {
       cut[change.file]->apply(change.entry);
     }
     ++tally().cuts;
+    if (changes > 0 && changes < clock.changes.size() && is_sync(clock.changes[changes - 1])) {
+      continue;  // the files are as they were at the cut before
+    }
     // The file that did not change was looked at before.
     const size_t changed = changes > 0 ? clock.changes[changes - 1].file : 0;
     ASSERT_EQ(checked(cut_paths[changed]), "");

@@ -345,6 +345,9 @@ TEST_P(OneImage, CutAfterEveryChange) {
       continue;
     }
     ++tally().cuts;
+    if (changes > 0 && is_sync(clock.changes[changes - 1])) {
+      continue;  // the file is as it was at the cut before
+    }
     ASSERT_EQ(checked(cut.path()), "");
     const int state = state_index(states_, view_of(cut.path()));
     ASSERT_GE(state, reached) << (state < 0 ? "neither old nor new" : "went back");

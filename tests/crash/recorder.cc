@@ -190,7 +190,7 @@ CacheLoss::CacheLoss(const Clock &clock, size_t changes) : clock_(clock) {
   for (size_t i = changes; i-- > 0;) {
     const Clock::Change &change = clock.changes[i];
     has_sync_behind.resize(std::max(has_sync_behind.size(), change.file + 1));
-    if (change.entry.operation == io::FileOperation::sync) {
+    if (is_sync(change)) {
       has_sync_behind[change.file] = true;
     }
     (has_sync_behind[change.file] ? synced_ : unsynced_).push_back(i);

@@ -42,6 +42,10 @@ struct Clock {
   size_t failed_file = 0;
 };
 
+inline bool is_sync(const Clock::Change &change) {
+  return change.entry.operation == io::FileOperation::sync;
+}
+
 /// One image in memory, opened.
 class RecordedImage {
  public:
