@@ -38,6 +38,13 @@ class Kill(InterruptedTest):
             time.sleep(chance.random() * 3)
         return process
 
+    def resumed_at(self, guest, since):
+        """When the guest ran again by QEMU's own clock, or `since` if it did not stand."""
+        guest.status()  # the events before its answer have come now
+        times = [event["timestamp"] for event in guest.qmp.events if event["event"] == "RESUME"]
+        guest.qmp.events.clear()
+        return max([since, *(at["seconds"] + at["microseconds"] / 1e6 for at in times)])
+
     @cases("plugin", "attach")
     def test_killed_at_random_moments(self, how):
         """All saves go to one name: what loads then is the last that came to its end, or this one."""
@@ -55,11 +62,13 @@ class Kill(InterruptedTest):
                 possible.add(100 + i)
                 process = self.start_save_and_wait(guest, chance, "k", "--replace")
                 process.kill()
-                since = time.monotonic()
+                since = time.time()
                 process.communicate()
                 killed += process.returncode == -signal.SIGKILL
-                self.assert_runs_within(guest, 1.0, since)
-                longest = max(longest, time.monotonic() - since)
+                self.assert_runs_within(guest, 5.0, time.monotonic())
+                stood = self.resumed_at(guest, since) - since
+                self.assertLess(stood, 1.0)
+                longest = max(longest, stood)
                 self.assert_processes_end()
                 self.assert_writes_go_on(guest)
                 self.assert_image_sound(guest)
