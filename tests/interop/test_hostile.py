@@ -53,7 +53,8 @@ def hostile_streams():
 class Hostile(BedTest):
     def survives(self, *arguments):
         done = self.run_tool(*arguments, timeout=120, preexec_fn=limit)
-        text = f"qvmstate {' '.join(arguments)}: {done.returncode}\n{done.stdout[-300:]}{done.stderr[-500:]}"
+        text = (f"qvmstate {' '.join(arguments)}: {done.returncode}\n{done.stdout[-300:]}"
+                f"{done.stderr[-500:]}")
         self.assertIn(done.returncode, (0, 1), text)
         self.assertNotIn("not enough memory", done.stderr, text)
 

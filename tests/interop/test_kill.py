@@ -80,8 +80,9 @@ class Kill(InterruptedTest):
                     self.assertIn(seed, possible)
                     whole += seed == 100 + i
                     possible = {seed}
+        looked_at = rounds(4, 100) // 4
         print(f"        {killed} killed of {rounds(4, 100)}; the guest stood {longest:.3f} s at most "
-              f"afterwards; {whole} of {rounds(4, 100) // 4} last saves were whole", flush=True)
+              f"afterwards; {whole} of {looked_at} states looked at were the newest", flush=True)
         guest.loadvm("before")
         self.assert_seed(guest, 7)
         self.assert_sound(guest, "^(k|before)$")

@@ -65,8 +65,8 @@ def require(holds, text):
 class Figures:
     """What is measured after each round. The first third of the run says what is normal."""
 
-    LIMITS = {"descriptors": DESCRIPTORS_GROWTH_MAX, "QEMU": QEMU_GROWTH_MAX, "process": PROCESS_GROWTH_MAX,
-              "images": IMAGE_GROWTH_MAX, "file length": IMAGE_GROWTH_MAX}
+    LIMITS = {"descriptors": DESCRIPTORS_GROWTH_MAX, "QEMU": QEMU_GROWTH_MAX,
+              "process": PROCESS_GROWTH_MAX, "images": IMAGE_GROWTH_MAX, "file length": IMAGE_GROWTH_MAX}
 
     def __init__(self, rounds):
         self.settling = max(1, rounds // 3)
@@ -170,12 +170,14 @@ def soak(options, folder):
     qemu.share(folder)
     guest = guest_build.get_guest(qemus.cache_folder(), "x86_64")
     ways = ["plugin", "attach"] if options.how == "both" else [options.how]
-    require(ways == ["plugin"] or qemu.version >= HVA_SINCE, f"{qemu} can only be saved by --how plugin")
+    require(ways == ["plugin"] or qemu.version >= HVA_SINCE,
+            f"{qemu} can only be saved by --how plugin")
     os.makedirs(os.path.join(folder, "vm"))
     plugin = shutil.copy(os.path.join(options.build, "libqvmstate.so"), os.path.join(folder, "vm"))
     machine = SoakVM(qemu, guest, os.path.join(folder, "vm"), machine="microvm", plugin=plugin,
                      accel="tcg,tb-size=32", iothread=False)
-    say(f"starting {qemu}; {options.rounds} rounds of save ({' and '.join(ways)} in turn), load, delete")
+    say(f"starting {qemu}; {options.rounds} rounds of save ({' and '.join(ways)} in turn), load, "
+        "delete")
     begin = time.monotonic()
     try:
         machine.start(boot_timeout=BOOT_SECONDS_MAX)
