@@ -252,6 +252,8 @@ class Bench:
         else:
             memory_kib = status_kib(vm.process.pid, "VmHWM") - resident
         written = vm.allocated_bytes() - before
+        if mapped and kind not in OURS:
+            vm.set_migration()  # as it was, for the next one in this VM
         return {"seconds": seconds, "bytes": written, "rate": written / seconds,
                 "pause": vm.pause_seconds(), "memory_mib": memory_kib / 1024, "report": report,
                 "cpu_per_gib": cpu * 1024 / sum(mib for _, mib in vm.random_files)}
