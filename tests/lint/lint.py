@@ -58,7 +58,8 @@ class Tree:
             at_top = folder == root
             folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and
                           not (at_top and name.startswith("build"))]
-            self.files += [os.path.relpath(os.path.join(folder, name), root) for name in names]
+            self.files += [os.path.relpath(os.path.join(folder, name), root) for name in names
+                           if name not in SKIPPED_FOLDERS]  # .git is a file in a worktree
         self.files = sorted(name for name in self.files
                             if not name.endswith(BINARY) and name != "compile_commands.json")
         self.texts = {}
