@@ -187,6 +187,14 @@ class BedTest(unittest.TestCase):
         self.assertEqual(done.returncode, 0, f"qvmstate {' '.join(args)}: {done.stderr}{done.stdout}")
         return done.stdout
 
+    def extract(self, *words):
+        """Into a file of the test's folder, anew; returns its path."""
+        out = os.path.join(self.folder, "out")
+        if os.path.exists(out):
+            os.unlink(out)
+        self.tool("extract", *words, "-o", out)
+        return out
+
     def save(self, machine, name, *flags):
         """Saves by the plugin if the VM has it, else by attaching; returns the report."""
         out = self.tool(*self.save_args(machine, name, "--format", "json", "--quiet", *flags))

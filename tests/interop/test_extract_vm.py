@@ -25,13 +25,6 @@ class ExtractOfGuests(BedTest):
         guest.stop()
         return guest
 
-    def extract(self, *words):
-        out = os.path.join(self.folder, "out")
-        if os.path.exists(out):
-            os.unlink(out)
-        self.tool("extract", *words, "-o", out)
-        return out
-
     def pmemsave(self, guest, address, size):
         path = guest.path("pmem")
         guest.qmp.execute("pmemsave", val=address, size=size, filename=guest.qemu.inner(path))

@@ -49,13 +49,6 @@ class Fixtures(BedTest):
     def json(self, *words):
         return json.loads(self.tool(*words, "--format", "json"))
 
-    def extract(self, *words):
-        out = os.path.join(self.folder, "out")
-        if os.path.exists(out):
-            os.unlink(out)
-        self.tool("extract", *words, "-o", out)
-        return out
-
     def ram_map(self, *state):
         """Where RAM lies, where the stream does not tell its machine."""
         known = self.json("info", *state)["stream"]["machine-type"]
