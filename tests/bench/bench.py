@@ -54,8 +54,8 @@ ZERO_RATIO_MAX = {"contiguous": 1 / 5, "scattered": 1 / 2}
 ZERO_SPACE_MAX = 1 / 5
 ZERO_PERCENT = 90
 SCATTER_SEED = 20
-CHANNELS = 2
-CHANNELS_SWEPT = (1, 4)
+CHANNELS = 4
+CHANNELS_SWEPT = (1, 2)
 FIO_GROUP = 4  # contestants between two runs of fio
 SECONDS_MAX = 90  # of one contestant in all rounds, or it runs once
 # kind: savevm and migrate are QEMU's own, plugin and attach ours; to: the image, or a file beside it;
