@@ -20,7 +20,9 @@ namespace qvmstate::vmstate {
 namespace {
 
 constexpr uint64_t batch_bytes_min = 128 * kib;
-constexpr unsigned batches_per_thread = 3;  // one in work, one before and one behind it
+constexpr uint64_t batches_per_thread_min = 3;  // one in work, one before and one behind it
+// More, where they are small: the threads go on while the one that reads and writes waits for it.
+constexpr uint64_t ahead_bytes_per_thread = 1 * mib;
 
 /// Clusters that one thread compresses at a time.
 struct Batch {
@@ -158,7 +160,8 @@ Result<CompressedCopy> copy_compressed(StreamSource &source, uint64_t bytes,
                                        unsigned threads, const TransferHook &hook) {
   const uint64_t cluster_bytes = header.geometry.cluster_bytes();
   const uint64_t batch_bytes = std::max(cluster_bytes, batch_bytes_min);
-  std::vector<Batch> ring(size_t{threads} * batches_per_thread);  // outlives the threads
+  std::vector<Batch> ring(  // outlives the threads
+      threads * std::max(batches_per_thread_min, ahead_bytes_per_thread / batch_bytes));
   Workers workers(cluster_bytes, header.version >= 3);
   QV_TRY(workers.start(threads, header.compression_type));
 
