@@ -21,9 +21,10 @@ import time
 sys.dont_write_bytecode = True
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, os.path.join(SOURCE, "tests", "interop"))
+sys.path[:0] = [os.path.join(SOURCE, "tests", "interop"), os.path.join(SOURCE, "tests", "bench")]
 
-import qemus  # noqa: E402  (found through the path set above)
+import bare_vm  # noqa: E402  (found through the path set above)
+import qemus  # noqa: E402
 import vm  # noqa: E402
 from guest import build as guest_build  # noqa: E402
 
@@ -107,12 +108,13 @@ class Soak:
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen([self.command, *arguments], stdin=subprocess.DEVNULL,
                                        stdout=output, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            # Not its rusage, in which the memory of this program counts from before the exec.
+            peak = bare_vm.PeakMemory(process.pid)
+            process.wait()
+            self.process_peak = max(self.process_peak, peak.stop() * 1024)
             output.seek(0)
             text = output.read().decode(errors="replace").strip()
         require(process.returncode == 0, f"qvmstate {' '.join(arguments)}: {text}")
-        self.process_peak = max(self.process_peak, usage.ru_maxrss * 1024)
 
     def where(self, number):
         way = self.ways[number % len(self.ways)]
