@@ -171,11 +171,12 @@ class Locks(InterruptedTest):
     def test_grabbed_for_long(self):
         """Longer than the save waits: it says what to do, and the guardian goes on waiting."""
         guest = self.make_vm("newest", "microvm").start()
-        grabber = self.grab(guest.disks[1].path, 15)
+        grabber = self.grab(guest.disks[1].path, 600)
         done = self.run_tool(*self.save_args(guest, "half"))
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("resume", done.stderr)
         self.assertNotEqual(guest.status(), "running")
+        grabber.kill()
         grabber.wait(timeout=30)
         self.assert_runs_within(guest, 1.0, time.monotonic())
         self.assert_processes_end()
