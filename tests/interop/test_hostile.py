@@ -140,17 +140,16 @@ class Hostile(BedTest):
                 if stream.startswith(b"QEVM"):
                     self.every_command(self.image_with(stream), True)
 
-    def test_images_that_name_one_cluster_for_all(self):
+    def test_images_that_name_one_cluster(self):
         """32 TiB and 512 MiB of disk, both the same 64 KiB over and over."""
         for l1_entries in (65536, 2):
             with self.subTest(l1_entries=l1_entries):
                 path = self.path("image.qcow2")
                 with open(path, "wb") as file:
                     file.write(image_of_one_table(l1_entries))
+                self.refused(["extract", path, "one", "--as", "stream", "-o", self.path("out")],
+                             "again and again")
                 self.every_command(path, True)
-                for kind in ("disk", "stream"):
-                    self.refused(["extract", path, "one", "--as", kind, "-o", self.path("out")],
-                                 "again and again")
 
     def test_fixtures_changed_at_random(self):
         seed = random.randrange(1 << 32)
