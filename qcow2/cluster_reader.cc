@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint32_t subclusters = 32;  // in a cluster with extended L2 entries
 constexpr uint64_t host_bytes_max = uint64_t{1} << 56;
+constexpr uint64_t l1_piece_entries = 8192;
 
 tl::unexpected<Error> bad_entry(const Image &image, uint64_t entry, const char *why) {
   char text[19];
@@ -70,6 +71,44 @@ ClusterKind subcluster_kind(uint64_t entry, uint64_t bitmap, uint32_t index) {
 ClusterReader::ClusterReader(const Image &image, HostOffset l1_offset, uint32_t l1_entries)
     : image_(&image), l1_offset_(l1_offset), l1_entries_(l1_entries) {}
 
+Result<void> ClusterReader::check_named(const char *table, uint64_t clusters,
+                                        uint64_t expanded_bytes) const {
+  QV_ASSIGN(const uint64_t file_bytes, image_->file().size());
+  if (clusters <= image_->geometry().clusters_for(file_bytes) &&
+      expanded_bytes / expansion_max <= file_bytes) {
+    return {};
+  }
+  return fail(ErrorCode::bad_image,
+              image_->name() + ": " + table + " names " + std::to_string(clusters) +
+                  " clusters and " + std::to_string(expanded_bytes) +
+                  " bytes of compressed ones, in a file of " + std::to_string(file_bytes) +
+                  " bytes: it names some again and again; check the image with `qemu-img check`");
+}
+
+Result<void> ClusterReader::check_l1() const {
+  std::vector<uint64_t> piece;
+  uint64_t tables = 0;
+  for (uint64_t at = 0; at < l1_entries_; at += piece.size()) {
+    piece.resize(std::min<uint64_t>(l1_piece_entries, l1_entries_ - at));
+    QV_TRY(image_->read_l1(l1_offset_, at, piece));
+    tables += piece.size() - static_cast<uint64_t>(std::ranges::count(piece, uint64_t{0}));
+  }
+  return check_named("an L1 table", tables, 0);
+}
+
+Result<void> ClusterReader::check_l2() const {
+  const Geometry &geometry = image_->geometry();
+  uint64_t clusters = 0;
+  uint64_t compressed = 0;
+  for (uint64_t i = 0; i < geometry.l2_entries(); ++i) {
+    const auto entry = load_be<uint64_t>(&cached_l2_[i * geometry.l2_entry_bytes()]);
+    const ClusterKind kind = cluster_kind(entry, geometry);
+    clusters += kind == ClusterKind::data ? 1 : 0;
+    compressed += kind == ClusterKind::compressed ? 1 : 0;
+  }
+  return check_named("an L2 table", clusters, compressed * geometry.cluster_bytes());
+}
+
 Result<void> ClusterReader::load_l2(GuestOffset offset) {
   const Geometry &geometry = image_->geometry();
   const uint64_t l1_index = offset.value / geometry.span_bytes();
@@ -83,12 +122,20 @@ Result<void> ClusterReader::load_l2(GuestOffset offset) {
     return {};
   }
   cached_l1_index_ = -1;
+  if (!l1_checked_) {
+    QV_TRY(check_l1());
+    l1_checked_ = true;
+  }
   uint64_t l1_entry = 0;
   QV_TRY(image_->read_l1(l1_offset_, l1_index, std::span(&l1_entry, 1)));
   cached_present_ = (l1_entry & ~entry_copied) != 0;
   if (cached_present_) {
     cached_l2_.resize(geometry.cluster_bytes());
     QV_TRY(image_->read_l2(l1_entry, cached_l2_));
+    // Where the clusters lie in another file, nothing is read but the table.
+    if ((image_->header().incompatible_features & incompatible::data_file) == 0) {
+      QV_TRY(check_l2());
+    }
   }
   cached_l1_index_ = static_cast<int64_t>(l1_index);
   return {};

@@ -46,6 +46,10 @@ class ClusterReader {
 
  private:
   Result<void> check_readable() const;
+  /// Refuse tables that name more clusters than the file has (limits.h).
+  Result<void> check_l1() const;
+  Result<void> check_l2() const;
+  Result<void> check_named(const char *table, uint64_t clusters, uint64_t expanded_bytes) const;
   Result<void> load_l2(GuestOffset offset);
   Result<Run> unit_at(GuestOffset offset) const;
   Result<Run> merged_run_at(GuestOffset offset, uint64_t bytes_max, bool in_one_piece);
@@ -54,6 +58,7 @@ class ClusterReader {
   const Image *image_;
   HostOffset l1_offset_;
   uint32_t l1_entries_;
+  bool l1_checked_ = false;
   int64_t cached_l1_index_ = -1;
   bool cached_present_ = false;
   std::vector<std::byte> cached_l2_;

@@ -18,11 +18,8 @@
 namespace qvmstate::qcow2 {
 namespace {
 
-constexpr uint64_t clusters_max = uint64_t{1} << 29;
 constexpr uint64_t l1_piece_entries = 8192;
 constexpr uint64_t refcount_piece_bytes = 256 * kib;
-constexpr uint64_t bitmap_directory_bytes_max = 64 * mib;  // (QEMU)
-constexpr uint64_t bitmap_table_entries_max = 0x8000000;   // (QEMU)
 constexpr uint32_t crypt_luks = 2;
 
 // What is known of a cluster: how often it is referenced, and by what.
@@ -78,10 +75,10 @@ class Checker {
     QV_ASSIGN(file_bytes_, image_.file().size());
     // The last cluster of the file may reach past its end, by less than a cluster.
     clusters_ = geometry_.clusters_for(file_bytes_) + 1;
-    if (clusters_ > clusters_max) {
+    if (clusters_ > checked_clusters_max) {
       return fail(ErrorCode::not_supported,
                   image_.name() + ": has " + std::to_string(clusters_) + " clusters, and at most " +
-                      std::to_string(clusters_max) +
+                      std::to_string(checked_clusters_max) +
                       " can be checked; use `qemu-img check`, or an image with larger clusters");
     }
     states_.reset(static_cast<uint32_t *>(std::calloc(clusters_, sizeof(uint32_t))));

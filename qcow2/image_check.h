@@ -4,7 +4,7 @@
 //
 // Nothing is changed. L2 tables are read once each, in the order of the file, however many
 // snapshots share them. Memory: 8 bytes a cluster of the file, of which only what is used is
-// touched (128 MiB a TiB at 64 KiB clusters); files of more than 2^29 clusters are refused.
+// touched (128 MiB a TiB at 64 KiB clusters), up to checked_clusters_max of them.
 // Format: QEMU docs/interop/qcow2.txt.
 #pragma once
 

@@ -16,21 +16,22 @@ namespace {
 constexpr std::string_view prefix = "qvmstate: was ";
 constexpr uint64_t lock_byte = 101;  // one that a writer holds
 
-/// Whether the operation that left this mark lives. Where QEMU's process cannot be looked into, no
-/// operation could be going on either.
-bool is_locked(pid_t qemu, int number_in_qemu) {
-  const auto file = reopen(qemu, number_in_qemu, O_RDONLY, "mark");
-  if (!file) {
-    return false;
-  }
-  const auto locked = qcow2::is_locked_by_other(file->get(), lock_byte);
-  return locked && *locked;
+/// Whether the operation that left this mark lives.
+Result<bool> is_locked(pid_t qemu, int number_in_qemu) {
+  QV_ASSIGN(const Descriptor file, reopen(qemu, number_in_qemu, O_RDONLY, "mark of a save"));
+  return qcow2::is_locked_by_other(file.get(), lock_byte);
 }
 
 Result<void> check_going_on(const Marks &marks, unsigned own) {
   if (marks.going_on > own) {
     return fail(ErrorCode::bad_state,
                 "another save or delete on this VM is going on; wait for its end");
+  }
+  if (!marks.cannot_tell.empty()) {
+    return fail(ErrorCode::permission,
+                "cannot tell whether a save or delete on this VM is going on or was interrupted (" +
+                    marks.cannot_tell +
+                    "); wait for the end of what runs, or do this as root or as QEMU's user");
   }
   return {};
 }
@@ -76,7 +77,10 @@ Result<Marks> find_marks(Qmp &qmp) {
       if (!opaque.starts_with(prefix)) {
         continue;
       }
-      if (is_locked(qemu.pid, static_cast<int>(number_at(member, "fd")))) {
+      const auto locked = is_locked(qemu.pid, static_cast<int>(number_at(member, "fd")));
+      if (!locked) {
+        marks.cannot_tell = locked.error().message;
+      } else if (*locked) {
         ++marks.going_on;
       } else {
         marks.interrupted.push_back(number_at(set, "fdset-id"));

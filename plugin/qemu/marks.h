@@ -5,7 +5,8 @@
 // While the operation lives it holds a writer's image lock (qcow2/locks.h) on that file. So others
 // tell an operation that is going on, which is to be left alone, from one that was interrupted. An
 // operation marks first and then looks for other marks: of two that begin together both may refuse,
-// never both go on.
+// never both go on. Who may not look into QEMU's process, and so cannot ask for the lock, cannot
+// tell the two apart; he is refused.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ namespace qvmstate::qemu {
 /// The mark of this operation.
 class Mark {
  public:
-  /// `what` is for people who look at QEMU's fd sets. Refuses if another operation is going on.
+  /// `what` is for people who look at QEMU's fd sets. Refuses if another operation is going on, or
+  /// may be.
   static Result<Mark> leave(Qmp &qmp, bool was_running, const std::string &what);
 
   /// The file, empty at first, open for reading and writing here, for writing in QEMU.
@@ -43,9 +45,10 @@ struct Marks {
   std::vector<uint64_t> interrupted;  ///< fd sets
   bool was_running = false;           ///< before one of the interrupted operations
   unsigned going_on = 0;
+  std::string cannot_tell;  ///< why not, of a mark that may be of either kind
 };
 Result<Marks> find_marks(Qmp &qmp);
-/// Refuses while another operation is going on.
+/// Refuses while another operation is going on, or may be.
 Result<void> check_none_going_on(Qmp &qmp);
 /// Removes those of interrupted operations. To call when the guest is as it was.
 void forget_marks(Qmp &qmp);

@@ -85,7 +85,7 @@ Result<Descriptor> reopen(pid_t pid, int number, int flags, const std::string &s
   const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(number);
   Descriptor file(::open(path.c_str(), flags | O_CLOEXEC));
   if (!file) {
-    return fail_errno(errno, "'" + shown_name + "': opening the image that QEMU has open");
+    return fail_errno(errno, "'" + shown_name + "': opening the file that QEMU has open");
   }
   return file;
 }

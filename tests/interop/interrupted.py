@@ -18,10 +18,12 @@ class InterruptedTest(BedTest):
         # A copy, so that its processes can be told from those of other runs.
         self.program = shutil.copy(self.built("qvmstate"), self.folder)
 
+    def start_tool(self, arguments):
+        return subprocess.Popen([self.program, *arguments], stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     def start_save(self, guest, name, *flags):
-        return subprocess.Popen([self.program, *self.save_args(guest, name, *flags)],
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        return self.start_tool(self.save_args(guest, name, *flags))
 
     def our_processes(self):
         """Ids of the processes that run our copy of the program: the saver and its guardian."""

@@ -50,6 +50,30 @@ def hostile_streams():
     }
 
 
+def image_of_one_table(l1_entries):
+    """1 MiB of clusters of 64 KiB: header, refcount table and block, an L1 table in clusters 3 to 10
+    that names the L2 table in cluster 11 everywhere, which names cluster 12 everywhere, where a stream
+    begins; and in cluster 13 a snapshot of all that, whose last L1 entry is its VM state's."""
+    cluster, copied = 1 << 16, 1 << 63
+    image = bytearray(16 * cluster)
+    disk_bytes = (l1_entries - 1) * (cluster // 8 * cluster)
+    # Magic, version, backing file, its length, cluster bits, disk, encryption, L1 entries and table,
+    # refcount table, its clusters, snapshots, their table; features, refcount order, header length.
+    struct.pack_into(">IIQIIQIIQQIIQQQQII", image, 0, 0x514649fb, 3, 0, 0, 16, disk_bytes, 0, l1_entries,
+                     3 * cluster, cluster, 1, 1, 13 * cluster, 0, 0, 0, 6, 104)
+    struct.pack_into(">Q", image, cluster, 2 * cluster)
+    struct.pack_into(">16Q", image, 2 * cluster, *[1 << 40] * 16)
+    struct.pack_into(f">{l1_entries}Q", image, 3 * cluster, *[copied | 11 * cluster] * l1_entries)
+    struct.pack_into(">8192Q", image, 11 * cluster, *[copied | 12 * cluster] * 8192)
+    stream = ram_start(1 << 20, [(b"pc.ram", 1 << 20)]) + RAM_END + b"\0"
+    image[12 * cluster:12 * cluster + len(stream)] = stream
+    # L1 table, its entries, lengths of id and name, date, clock, VM state bytes, extra bytes; in these
+    # VM state bytes and disk bytes again; id, name.
+    struct.pack_into(">QIHHIIQIIQQ1s3s", image, 13 * cluster, 3 * cluster, l1_entries, 1, 3, 0, 0, 0,
+                     1 << 20, 16, 1 << 20, disk_bytes, b"1", b"one")
+    return image
+
+
 class Hostile(BedTest):
     def survives(self, *arguments):
         done = self.run_tool(*arguments, timeout=120, preexec_fn=limit)
@@ -115,6 +139,17 @@ class Hostile(BedTest):
                 self.every_command(path, False)
                 if stream.startswith(b"QEVM"):
                     self.every_command(self.image_with(stream), True)
+
+    def test_images_that_name_one_cluster(self):
+        """32 TiB and 512 MiB of disk, both the same 64 KiB over and over."""
+        for l1_entries in (65536, 2):
+            with self.subTest(l1_entries=l1_entries):
+                path = self.path("image.qcow2")
+                with open(path, "wb") as file:
+                    file.write(image_of_one_table(l1_entries))
+                self.refused(["extract", path, "one", "--as", "stream", "-o", self.path("out")],
+                             "again and again")
+                self.every_command(path, True)
 
     def test_fixtures_changed_at_random(self):
         seed = random.randrange(1 << 32)

@@ -62,6 +62,41 @@ class Kinds(BedTest):
         guest.check_image()
         self.assertEqual(guest.snapshot_names(), names[1:-1])
 
+    def assert_loads_mapped_ram(self, guest, name, seed):
+        """Cold, by a QEMU that has to be told the layout, and by our command."""
+        guest.start(paused=True)
+        self.tool("load", name, "--qmp", guest.tool_socket)
+        guest.cont()
+        self.assert_seed(guest, seed)
+        self.assert_writes_go_on(guest)
+        guest.quit()
+        guest.check_image()
+
+    @cases("attach", "plugin", quick=["attach"])
+    def test_extended_l2_mapped_ram(self, how):
+        """Clusters of 32 subclusters under a state at fixed offsets; converted and back."""
+        guest = self.one_disk(how=how, options="extended_l2=on,cluster_size=128k").start()
+        image = guest.disks[0].path
+        guest.fill(11)
+        self.save(guest, "one", "--layout", "mapped-ram")
+        guest.fill(12)
+        self.save(guest, "one", "--layout", "mapped-ram", "--replace")
+        guest.fill(13)
+        self.tool("load", "one", "--qmp", guest.tool_socket)
+        self.assert_seed(guest, 12)
+        guest.quit()
+        guest.check_image()
+        self.assert_loads_mapped_ram(guest, "one", 12)
+        for words, layout in ((["--layout", "legacy"], "legacy"), (["--compress"], "legacy"),
+                              (["--layout", "mapped-ram"], "mapped-ram"),
+                              (["--layout", "mapped-ram", "--compress"], "mapped-ram")):
+            self.tool("convert", image, "one", *words)
+            guest.check_image()
+            self.assertEqual(self.info_layout(image, "one"), layout)
+            self.assertEqual(json.loads(self.tool("check", image, "--format", "json"))["result"],
+                             "clean")
+            self.assert_loads_mapped_ram(guest, "one", 12)
+
     # Persistent bitmaps.
 
     def bitmap(self, guest):

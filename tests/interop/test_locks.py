@@ -2,6 +2,7 @@
 refused as they are while QEMU runs; what only looks as if an image were ours is refused; and somebody
 who takes the image while it changes hands is noticed."""
 
+import os
 import subprocess
 import sys
 import time
@@ -97,6 +98,28 @@ class Locks(InterruptedTest):
         self.assertTrue(guest.alive(), guest.log_tail())
         self.assert_ends_well(guest, process, "^(before|half)$")
 
+    @full_only
+    def test_who_cannot_look_into_qemu(self):
+        """The images stay QEMU's in a save to a file, so only its mark keeps `resume` from waking the
+        guest; and who cannot look into QEMU's process cannot tell a mark from a dead one."""
+        if os.geteuid() != 0:
+            self.skipTest("only root can give up the right to look into its processes")
+        guest = self.make_vm("newest", "microvm", plugin=True).start()
+        target = f"file:{guest.path('state')}"
+        process = self.start_tool(self.save_to_args(guest, "--to", target, *SLOW))
+        self.wait_stopped(guest, process)
+        for arguments in (["resume"], ["load", "x"], ["delete", "x"], ["save", "x"]):
+            done = subprocess.run(["setpriv", "--bounding-set", "-sys_ptrace", self.program, *arguments,
+                                   "--qmp", guest.tool_socket], stdin=subprocess.DEVNULL,
+                                  capture_output=True, text=True, timeout=60, check=False)
+            self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+            self.assertRegex(done.stderr, "cannot tell.*as root or as QEMU's user")
+            self.assertNotEqual(guest.status(), "running")
+        _, errors = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0, errors)
+        self.assert_runs_within(guest, 1.0, time.monotonic())
+        self.assertEqual(self.info_layout(guest.path("state")), "legacy")
+
     def test_copy_on_read_filter(self):
         """The image lies under a filter: its own, but not where a snapshot can be made."""
         guest = self.make_vm("newest", "microvm")
@@ -148,11 +171,12 @@ class Locks(InterruptedTest):
     def test_grabbed_for_long(self):
         """Longer than the save waits: it says what to do, and the guardian goes on waiting."""
         guest = self.make_vm("newest", "microvm").start()
-        grabber = self.grab(guest.disks[1].path, 15)
+        grabber = self.grab(guest.disks[1].path, 600)
         done = self.run_tool(*self.save_args(guest, "half"))
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn("resume", done.stderr)
         self.assertNotEqual(guest.status(), "running")
+        grabber.kill()
         grabber.wait(timeout=30)
         self.assert_runs_within(guest, 1.0, time.monotonic())
         self.assert_processes_end()

@@ -20,7 +20,6 @@ from qmp import Qmp, QmpError
 
 PAGE = 4096
 VIRTIO_BLK = "virtio-blk-pci,drive=NODE"
-GUEST_MIB = 96
 
 
 class GuestError(Exception):
@@ -96,6 +95,8 @@ def make_disks(qemu, folder, names=("d0", "d1"), size="64M", options="", **disk_
 
 class VM:
     """One QEMU. Start it with start(); restart() ends it and starts it again on the same images."""
+
+    guest_mib = 96  # that the guest's checker fills and verifies
 
     def __init__(self, qemu, guest, folder, machine="pc", memory="private", disks=None, plugin=None,
                  accel="tcg", extra=(), kernel_options="", second_block=True, iothread=None):
@@ -179,7 +180,7 @@ class VM:
         machine = self.machine
         console = machine.console
         append = (f"console={console} quiet loglevel=3 panic=-1 mitigations=off swiotlb=noforce "
-                  f"memhp_default_state=online qvm.console={console} qvm.mem={GUEST_MIB} "
+                  f"memhp_default_state=online qvm.console={console} qvm.mem={self.guest_mib} "
                   f"qvm.disks={self.guest_disks} {machine.kernel_options} "
                   f"{self.kernel_options}").strip()
         out = ["-nodefaults", "-no-user-config", "-display", "none", "-smp", "2"]

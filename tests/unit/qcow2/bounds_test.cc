@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "edit_helpers.h"
+#include "qcow2/cluster_reader.h"
 #include "qcow2/image_check.h"
 
 namespace qvmstate::qcow2::test {
@@ -49,6 +50,27 @@ Cost cost_of(const std::function<void()> &work) {
           static_cast<uint64_t>(usage.ru_maxrss) * kib, WIFEXITED(status) && status == 0};
 }
 
+/// What a disk and the VM state behind it hold, up to what is refused.
+void read_all(const Image &image, HostOffset l1, uint32_t l1_entries) {
+  ClusterReader reader(image, l1, l1_entries);
+  const uint64_t end = l1_entries * image.geometry().span_bytes();
+  Bytes piece(1 * mib);
+  for (GuestOffset at(0); at.value < end;) {
+    const auto extent = reader.extent_at(at);
+    if (!extent) {
+      return;
+    }
+    uint64_t bytes = extent->bytes;
+    if (extent->kind == ClusterKind::data || extent->kind == ClusterKind::compressed) {
+      bytes = std::min<uint64_t>(bytes, piece.size());
+      if (!reader.read(at, std::span(piece).first(bytes))) {
+        return;
+      }
+    }
+    at += bytes;
+  }
+}
+
 /// Everything that is done with an image; each step may be refused.
 void use(const Bytes &bytes) {
   const auto with_image = [&](const std::function<void(Image &)> &step) {
@@ -61,6 +83,12 @@ void use(const Bytes &bytes) {
   with_image([](Image &image) {
     Findings findings;
     (void)check_image(image, findings);
+  });
+  with_image([](Image &image) {
+    read_all(image, image.header().l1_offset, image.header().l1_entries);
+    if (!image.snapshots().empty()) {
+      read_all(image, image.snapshots()[0].l1_offset, image.snapshots()[0].l1_entries);
+    }
   });
   with_image([](Image &image) { (void)save(image, "fresh", seeded_bytes(100 * kib, 1)); });
   with_image([](Image &image) {

@@ -303,6 +303,42 @@ TEST(ClusterReader, EncryptedAndExternalDataAreRefused) {
   EXPECT_EQ(ImageInMemory(bytes).read(0, 1).error().code, ErrorCode::not_supported);
 }
 
+/// The minimal image, of 8 clusters, with a table in cluster `table` that has `count` times
+/// `entry`.
+Bytes with_entries(uint64_t table, uint64_t count, uint64_t entry) {
+  Bytes bytes = test::minimal_image();
+  for (uint64_t i = 0; i < count; ++i) {
+    store_be<uint64_t>(bytes.data() + table * 512 + i * 8, entry);
+  }
+  store_be<uint32_t>(bytes.data() + 36, 64);  // L1 entries
+  return bytes;
+}
+
+TEST(ClusterReader, TablesThatNameMoreClustersThanTheFileHasAreRefused) {
+  constexpr uint64_t compressed = uint64_t{1} << 62 | 5 * 512;
+  EXPECT_TRUE(ImageInMemory(with_entries(3, 8, 4 * 512)).read(0, 1));
+  EXPECT_TRUE(ImageInMemory(with_entries(4, 8, 5 * 512)).read(0, 1));
+  for (const Bytes &bytes : {with_entries(3, 9, 4 * 512), with_entries(4, 9, 5 * 512)}) {
+    ImageInMemory image(bytes);
+    for (const Result<void> &result : {image.reader->extent_at(GuestOffset(512)).map([](auto) {}),
+                                       image.read(0, 1024).map([](auto) {})}) {
+      ASSERT_FALSE(result);
+      EXPECT_EQ(result.error().code, ErrorCode::bad_image);
+      EXPECT_THAT(result.error().message, HasSubstr("names 9 clusters"));
+      EXPECT_THAT(result.error().message, HasSubstr("in a file of 4096 bytes"));
+    }
+  }
+  // Of compressed ones more: many share a cluster.
+  EXPECT_TRUE(ImageInMemory(with_entries(4, 64, compressed)).reader->extent_at(GuestOffset(0)));
+  // An L2 table of 512 KiB clusters maps 32 GiB, here with 4 MiB of file.
+  Bytes large = test::minimal_image(19);
+  for (uint64_t i = 0; i < 65536; ++i) {
+    store_be<uint64_t>(large.data() + (4 << 19) + i * 8, compressed);
+  }
+  EXPECT_THAT(ImageInMemory(large).read(0, 1).error().message,
+              HasSubstr("0 clusters and 34359738368 bytes of compressed ones"));
+}
+
 TEST(VmstateReader, StartsPastTheSnapshotsOwnDisk) {
   ImageInMemory image(test::minimal_image());
   Snapshot snapshot;
