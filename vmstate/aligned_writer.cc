@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <cassert>
+#include <cerrno>
 #include <cstring>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -218,12 +221,23 @@ class AlignedWriter {
       }
       return {};
     };
+    const auto run = [&](size_t reader) {
+      try {
+        results[reader] = look(reader);
+      } catch (const std::bad_alloc &) {
+        results[reader] = fail_errno(ENOMEM, "looking for what has changed");
+      }
+    };
     {
       std::vector<std::jthread> threads;
       for (size_t i = 1; i < readers_.size(); ++i) {
-        threads.emplace_back([&, i] { results[i] = look(i); });
+        try {
+          threads.emplace_back(run, i);
+        } catch (const std::system_error &) {
+          run(i);  // slower, but done
+        }
       }
-      results[0] = look(0);
+      run(0);
     }
     for (Result<void> &result : results) {
       QV_TRY(result);

@@ -87,7 +87,7 @@ class BaseStateTest : public testing::Test {
   /// The RAM that the snapshot brings back, and its checksum, are right.
   void expect_holds(const std::string &name, const FakeRam &ram) {
     const auto open = [&]() -> Result<std::unique_ptr<StreamSource>> {
-      QV_ASSIGN(auto source, SnapshotSource::create(*image_, snapshot(name)));
+      QV_ASSIGN(auto source, SnapshotSource::reopen(*image_, snapshot(name), {}));
       return std::unique_ptr<StreamSource>(std::move(source));
     };
     qcow2::Findings findings;
