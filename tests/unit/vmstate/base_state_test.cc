@@ -157,7 +157,7 @@ TEST_F(BaseStateTest, WhatIsTheSameIsShared) {
 
 TEST_F(BaseStateTest, IsReplacedByTheOneOnIt) {
   ASSERT_TRUE(save("one"));
-  ram_.memory(0)[100 * page] ^= std::byte{1};
+  ram_.memory(0)[200 * page] ^= std::byte{1};
   const auto second = save("one", "one");
   ASSERT_TRUE(second) << second.error().message;
   EXPECT_EQ(second->written_groups, 1U);
@@ -170,7 +170,7 @@ TEST_F(BaseStateTest, IsReplacedByTheOneOnIt) {
 TEST_F(BaseStateTest, ClustersOfManyToAGroup) {
   create("cluster_size=4k");
   ASSERT_TRUE(save("one"));
-  ram_.memory(0)[100 * page] ^= std::byte{1};
+  ram_.memory(0)[200 * page] ^= std::byte{1};
   const auto second = save("two", "one");
   ASSERT_TRUE(second) << second.error().message;
   EXPECT_EQ(second->written_groups, 1U);
