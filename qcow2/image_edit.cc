@@ -11,7 +11,8 @@
 namespace qvmstate::qcow2 {
 namespace {
 
-constexpr uint64_t l1_piece_entries = 8192;  // 64 KiB of an L1 table at a time
+constexpr uint64_t l1_piece_entries = 8192;                 // 64 KiB of an L1 table at a time
+constexpr uint64_t all_subclusters_allocated = 0xffffffff;  // second word of an extended L2 entry
 
 /// A cluster that reads as zeros and has no host cluster.
 void put_zero_entry(std::byte *entry, const Geometry &geometry) {
@@ -140,6 +141,60 @@ Result<void> ImageEdit::drop_l1(const Snapshot &snapshot, uint64_t first) {
     QV_TRY(refcounts_.dereference(image_.geometry().cluster_of(snapshot.l1_offset),
                                   image_.geometry().l1_clusters(snapshot.l1_entries)));
   }
+  return {};
+}
+
+// The host clusters of an L2 table's first entries; 0 for those that cannot be shared. Loading the
+// snapshot raises each count once more.
+Result<void> ImageEdit::hold_table(uint64_t l1_entry, std::span<uint64_t> clusters) {
+  const Geometry &geometry = image_.geometry();
+  std::vector<std::byte> l2(geometry.cluster_bytes());
+  QV_TRY(image_.read_l2(l1_entry, l2));
+  QV_ASSIGN(const uint64_t file_bytes, image_.file().size());
+  const uint64_t file_clusters = file_bytes >> geometry.cluster_bits;
+  const uint64_t ceiling = geometry.refcount_max() - 1;
+  for (size_t i = 0; i < clusters.size(); ++i) {
+    const std::byte *stored = l2.data() + i * geometry.l2_entry_bytes();
+    const auto entry = load_be<uint64_t>(stored);
+    const bool whole =
+        !geometry.extended_l2 || load_be<uint64_t>(stored + 8) == all_subclusters_allocated;
+    const uint64_t cluster = geometry.cluster_of(HostOffset(entry & host_offset_mask));
+    if (cluster_kind(entry, geometry) != ClusterKind::data || !whole ||
+        !geometry.aligned(entry & host_offset_mask) || cluster >= file_clusters) {
+      continue;
+    }
+    QV_ASSIGN(const uint64_t references, refcounts_.get(cluster));
+    if (references != 0 && references < ceiling) {
+      QV_TRY(refcounts_.reference(cluster, 1, ceiling));
+      clusters[i] = cluster;
+    }
+  }
+  return {};
+}
+
+Result<void> ImageEdit::hold_vmstate(size_t index, uint64_t bytes) {
+  assert(!added_ && !removed_any_);
+  const Geometry &geometry = image_.geometry();
+  const Snapshot &snapshot = image_.snapshots()[index];
+  const uint64_t first = geometry.vmstate_l1_index(snapshot.disk_bytes);
+  const uint64_t l1_entries = first < snapshot.l1_entries ? snapshot.l1_entries - first : 0;
+  std::vector<uint64_t> clusters(
+      std::min(geometry.clusters_for(bytes), l1_entries * geometry.l2_entries()));
+  std::vector<uint64_t> piece;
+  uint64_t tables = 0;
+  const uint64_t end = first + divide_up(clusters.size(), geometry.l2_entries());
+  for (uint64_t at = first; at < end; at += piece.size()) {
+    QV_TRY(read_l1_piece(snapshot.l1_offset, static_cast<uint32_t>(end), at, piece, tables));
+    for (size_t i = 0; i < piece.size(); ++i) {
+      const uint64_t done = (at - first + i) * geometry.l2_entries();
+      if ((piece[i] & host_offset_mask) != 0) {
+        QV_TRY(hold_table(piece[i], std::span(clusters).subspan(
+                                        done, std::min<uint64_t>(geometry.l2_entries(),
+                                                                 clusters.size() - done))));
+      }
+    }
+  }
+  area_.set_base(std::move(clusters));
   return {};
 }
 
@@ -348,10 +403,21 @@ uint64_t ImageEdit::vmstate_clusters() const {
 
 Result<void> ImageEdit::claim_vmstate() {
   for (const AreaRun &run : area_.runs()) {
-    QV_TRY(refcounts_.claim({run.host_first, run.count}, 1));
+    if (!run.shared) {
+      QV_TRY(refcounts_.claim({run.host_first, run.count}, 1));
+    }
   }
   for (const CompressedArea::Use &use : compressed_area_.uses()) {
     QV_TRY(refcounts_.claim({use.cluster, 1}, use.references));
+  }
+  return {};
+}
+
+Result<void> ImageEdit::release_unshared() {
+  for (const uint64_t cluster : area_.unshared_base()) {
+    if (cluster != 0) {
+      QV_TRY(refcounts_.dereference(cluster, 1));
+    }
   }
   return {};
 }
@@ -360,6 +426,7 @@ Result<void> ImageEdit::write_vmstate_tables() {
   const Geometry &geometry = image_.geometry();
   std::vector<std::byte> l2(geometry.cluster_bytes());
   QV_TRY(claim_vmstate());
+  QV_TRY(release_unshared());
   const std::vector<uint64_t> &compressed = compressed_area_.entries();
   auto run = area_.runs().begin();
   // The L2 entry of a cluster, in ascending order.
@@ -387,7 +454,7 @@ Result<void> ImageEdit::write_vmstate_tables() {
       }
       store_be(stored, entry);
       if (geometry.extended_l2 && (entry & entry_compressed) == 0) {
-        store_be<uint64_t>(stored + 8, 0xffffffff);  // all 32 subclusters allocated
+        store_be<uint64_t>(stored + 8, all_subclusters_allocated);
       }
     }
     QV_ASSIGN(const ClusterRun table, allocator_.take(1));

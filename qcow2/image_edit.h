@@ -7,7 +7,8 @@
 // with bytes 36 to 71 of the header. Until that write the file is the old image, afterwards the new
 // one; `qemu-img check` finds neither a leak nor an error in either.
 //
-// Order of calls: begin, then remove_snapshot and rename_snapshot as needed, then add_snapshot if
+// Order of calls: begin, then hold_vmstate if an earlier state is the base of the new one, then
+// remove_snapshot and rename_snapshot as needed, then add_snapshot if
 // one is added (its disk part is done there, which can refuse), the stream into vmstate(), commit.
 // abort() or the destructor undoes what was written, if commit() did not get to its header write.
 //
@@ -44,6 +45,10 @@ class ImageEdit {
   static Result<std::unique_ptr<ImageEdit>> begin(Image &image);
   ~ImageEdit();
 
+  /// Lets vmstate() share clusters of a snapshot's VM state, of its first `bytes`: each that can
+  /// take it has one more reference until commit(), which takes it from those that were not shared.
+  /// Those that are compressed, zeros, or have as many references as an entry holds are left out.
+  Result<void> hold_vmstate(size_t index, uint64_t bytes);
   /// By index into image.snapshots() as it was at begin().
   Result<void> remove_snapshot(size_t index);
   Result<void> rename_snapshot(size_t index, const std::string &name);
@@ -89,7 +94,9 @@ class ImageEdit {
   Result<ClusterRun> begin_active_l1();
   Result<void> write_l1(HostOffset l1, uint64_t first, std::span<const uint64_t> entries);
   uint64_t vmstate_clusters() const;
+  Result<void> hold_table(uint64_t l1_entry, std::span<uint64_t> clusters);
   Result<void> claim_vmstate();
+  Result<void> release_unshared();
   Result<void> write_vmstate_tables();
   Result<void> write_added_l1();
   Result<void> write_snapshot_table();

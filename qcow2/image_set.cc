@@ -145,7 +145,8 @@ Result<void> check_save_name(const std::vector<Image *> &images, const std::stri
 }
 
 Result<std::unique_ptr<SetSave>> SetSave::begin(std::vector<Image *> images, size_t primary,
-                                                const NewSnapshot &snapshot, bool replace) {
+                                                const NewSnapshot &snapshot, bool replace,
+                                                const std::optional<SetBase> &base) {
   assert(primary < images.size());
   QV_TRY(check_save_name(images, snapshot.name, replace));
   std::unique_ptr<SetSave> save(new SetSave);
@@ -163,6 +164,11 @@ Result<std::unique_ptr<SetSave>> SetSave::begin(std::vector<Image *> images, siz
     const int old = find_snapshot(image.snapshots(), snapshot.name);
     NewSnapshot added = snapshot;
     if (i == primary) {
+      if (base) {  // which may be the one that is replaced
+        const int index = find_snapshot(image.snapshots(), base->name);
+        assert(index >= 0);
+        QV_TRY(begun.hold_vmstate(static_cast<size_t>(index), base->bytes));
+      }
       if (old >= 0) {
         QV_TRY(begun.remove_snapshot(static_cast<size_t>(old)));
       }

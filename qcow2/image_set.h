@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,11 +35,18 @@ constexpr uint64_t set_name_bytes_max = snapshot_name_bytes_max - 32;
 Result<void> check_save_name(const std::vector<Image *> &images, const std::string &name,
                              bool replace);
 
+/// A VM state in the image that gets the vmstate, whose clusters the new one may share.
+struct SetBase {
+  std::string name;    ///< of its snapshot, which is there
+  uint64_t bytes = 0;  ///< of its stream
+};
+
 class SetSave {
  public:
   /// Begins edits in all images and does their disk parts. `images[primary]` gets the vmstate.
   static Result<std::unique_ptr<SetSave>> begin(std::vector<Image *> images, size_t primary,
-                                                const NewSnapshot &snapshot, bool replace);
+                                                const NewSnapshot &snapshot, bool replace,
+                                                const std::optional<SetBase> &base = {});
   ~SetSave();
 
   /// Where the stream goes; expect_stream_bytes first.

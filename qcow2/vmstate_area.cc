@@ -40,7 +40,7 @@ void VmstateArea::note(const AreaRun &run) {
   auto after = std::ranges::upper_bound(runs_, run.stream_first, {}, &AreaRun::stream_first);
   if (after != runs_.begin()) {
     AreaRun &before = *std::prev(after);
-    if (before.stream_end() == run.stream_first &&
+    if (before.stream_end() == run.stream_first && before.shared == run.shared &&
         before.host_first + before.count == run.host_first) {
       before.count += run.count;
       return;
@@ -60,6 +60,33 @@ Result<void> VmstateArea::place(StreamOffset from, uint64_t bytes, std::vector<i
     clusters_ += run.count;
   }
   find_host_runs({from, bytes}, runs);
+  placed_bytes_ += bytes;
+  return {};
+}
+
+bool VmstateArea::can_share(StreamOffset base_from, uint64_t bytes) const {
+  const Geometry &geometry = image_.geometry();
+  assert(geometry.aligned(base_from.value) && geometry.aligned(bytes));
+  const uint64_t first = base_from.value >> geometry.cluster_bits;
+  const uint64_t count = bytes >> geometry.cluster_bits;
+  if (first > base_.size() || count > base_.size() - first) {
+    return false;
+  }
+  return std::ranges::find(base_.begin() + static_cast<ptrdiff_t>(first),
+                           base_.begin() + static_cast<ptrdiff_t>(first + count),
+                           uint64_t{0}) == base_.begin() + static_cast<ptrdiff_t>(first + count);
+}
+
+Result<void> VmstateArea::share(StreamOffset base_from, uint64_t bytes) {
+  const Geometry &geometry = image_.geometry();
+  assert(can_share(base_from, bytes));
+  assert(clusters_ << geometry.cluster_bits == placed_bytes_);
+  QV_TRY(check_fits(placed_bytes_ + bytes));
+  const uint64_t first = base_from.value >> geometry.cluster_bits;
+  for (uint64_t i = 0; i < bytes >> geometry.cluster_bits; ++i) {
+    note({clusters_, std::exchange(base_[first + i], 0), 1, true});
+    clusters_ += 1;
+  }
   placed_bytes_ += bytes;
   return {};
 }

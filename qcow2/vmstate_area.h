@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "qcow2/allocator.h"
@@ -24,6 +25,7 @@ struct AreaRun {
   uint64_t stream_first = 0;  ///< in clusters from the start of the stream
   uint64_t host_first = 0;
   uint64_t count = 0;
+  bool shared = false;  ///< held already, and not written
   uint64_t stream_end() const { return stream_first + count; }
 };
 
@@ -41,6 +43,15 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
   Result<void> finish_fixed(uint64_t stream_bytes);
   /// About how many bytes place_at() will be given.
   void expect_fixed_bytes(uint64_t bytes) { expected_bytes_ = bytes; }
+
+  /// The clusters of another VM state from its first one on, 0 for those that cannot be shared.
+  void set_base(std::vector<uint64_t> host_clusters) { base_ = std::move(host_clusters); }
+  /// Whether all of a range of the base can be shared. It begins and ends at clusters.
+  bool can_share(StreamOffset base_from, uint64_t bytes) const;
+  /// It is the next part of this stream, of which all so far is placed and ends at a cluster's end.
+  Result<void> share(StreamOffset base_from, uint64_t bytes);
+  /// Clusters of the base that are not shared (yet), and 0 for all others.
+  const std::vector<uint64_t> &unshared_base() const { return base_; }
 
   /// Ascending and disjoint; what lies between them up to clusters() is zeros.
   const std::vector<AreaRun> &runs() const { return runs_; }
@@ -64,6 +75,7 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
   uint64_t clusters_ = 0;
   uint64_t placed_bytes_ = 0;    // by place()
   uint64_t expected_bytes_ = 0;  // of place_at()
+  std::vector<uint64_t> base_;
   // Taken from the allocator ahead of need.
   ClusterRun whole_arena_;
   ClusterRun zeroed_arena_;

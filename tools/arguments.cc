@@ -24,7 +24,8 @@ const std::map<std::string, io::Engine> engines = {{"auto", io::Engine::automati
 const std::map<std::string, qemu::SaveLayout> layouts = {
     {"auto", qemu::SaveLayout::automatic},
     {"legacy", qemu::SaveLayout::legacy},
-    {"mapped-ram", qemu::SaveLayout::mapped_ram}};
+    {"mapped-ram", qemu::SaveLayout::mapped_ram},
+    {"stream-aligned", qemu::SaveLayout::stream_aligned}};
 
 /// Lower numbers are stdin, stdout and stderr.
 constexpr int passed_descriptor_min = 3;
@@ -92,7 +93,8 @@ void add_target(CLI::App &save, qemu::SaveOptions &options) {
       ->check(CLI::Range(passed_descriptor_min, INT_MAX))
       ->type_name("N");
   add_choice(save, "--layout", options.layout, layouts,
-             "How RAM lies in the state: page after page, or each page at its place");
+             "How RAM lies in the state: page after page, each page at its place, or page after "
+             "page in groups that later saves can share");
   save.add_option("--channels", options.channels, "Threads that write at the same time")
       ->check(CLI::Range(1U, qemu::channels_max))
       ->type_name("N");
@@ -149,6 +151,10 @@ void add_save(CLI::App &app, SaveCommand &command) {
   where->require_option(1);
   save->add_flag("--replace", command.options.replace,
                  "Take the place of a snapshot of that name, once the new one is there");
+  save->add_option("--base", command.options.base,
+                   "Write only what has changed since this snapshot, which was saved with "
+                   "--layout stream-aligned or --base, and share the rest with it")
+      ->type_name("NAME");
   add_allow_bitmaps(*save, command.options.allow_bitmaps);
   save->add_option("--vmstate-node", command.options.vmstate_node,
                    "Block node for the state; default: the one that loadvm looks at first")
@@ -176,6 +182,8 @@ void add_save(CLI::App &app, SaveCommand &command) {
       "Examples:\n"
       "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
       "  qvmstate save nightly --replace --limit-rate 200M --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save first --layout stream-aligned --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save second --base first --qmp /run/vm/qmp.sock\n"
       "  qvmstate save --to file:/backup/vm.state --layout mapped-ram --qmp /run/vm/qmp.sock");
   save->final_callback([&command] {
     qemu::SaveOptions &options = command.options;

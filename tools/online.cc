@@ -63,11 +63,16 @@ Json disks_json(const std::vector<qemu::DiskReport> &disks) {
 }
 
 std::string save_summary(const qemu::SaveReport &report) {
-  return fmt::format("saved '{}': {} RAM, {} written in {} ({}), {}\n",
+  const std::string shared =
+      report.base.empty()
+          ? ""
+          : fmt::format(", {} of {} groups shared with '{}'", report.shared_groups,
+                        report.shared_groups + report.written_groups, printable(report.base));
+  return fmt::format("saved '{}': {} RAM, {} written in {} ({}){}, {}\n",
                      printable(report.target.empty() ? report.name : report.target),
                      format_size(report.ram_bytes), format_size(report.written_bytes),
                      format_seconds(report.total_seconds),
-                     format_rate(report.written_bytes, report.total_seconds),
+                     format_rate(report.written_bytes, report.total_seconds), shared,
                      report.was_running ? "guest paused " + format_seconds(report.pause_seconds)
                                         : std::string("guest was paused and still is"));
 }
@@ -92,6 +97,10 @@ Json save_json(const qemu::SaveReport &report, const Warnings &warnings) {
           {"total-seconds", report.total_seconds},
           {"io-engine", report.io_engine},
           {"layout", report.layout},
+          {"base", report.base},
+          {"group-bytes", report.group_bytes},
+          {"written-groups", report.written_groups},
+          {"shared-groups", report.shared_groups},
           {"target", report.target},
           {"channels", report.channels},
           {"target-bytes", report.target_bytes},

@@ -1,6 +1,8 @@
 #include "vmstate/state_checksum.h"
 
 #include <algorithm>
+#include <bit>
+#include <cassert>
 #include <cstring>
 #include <string_view>
 
@@ -16,7 +18,8 @@ namespace {
 
 constexpr std::string_view magic = "qvm-xxh3";
 constexpr uint16_t field_version = 1;
-constexpr uint16_t field_bytes = 40;
+constexpr uint16_t field_bytes_min = 40;
+constexpr uint16_t field_bytes_with_kept = 48;
 constexpr uint64_t zeros_bytes = 64 * kib;
 
 Digest canonical(XXH128_hash_t hash) {
@@ -28,8 +31,9 @@ Digest canonical(XXH128_hash_t hash) {
   return digest;
 }
 
-StateChecksum combined(uint64_t stream_bytes, std::span<const Digest> digests) {
-  return {stream_bytes, PieceDigest::of(std::as_bytes(digests))};
+StateChecksum combined(uint64_t stream_bytes, uint64_t piece_bytes,
+                       std::span<const Digest> digests) {
+  return {stream_bytes, PieceDigest::of(std::as_bytes(digests)), piece_bytes};
 }
 
 Digest digest_of_zeros(uint64_t bytes) {
@@ -46,27 +50,43 @@ const Digest &digest_of_zero_piece() {
 }  // namespace
 
 std::vector<std::byte> format_checksum(const StateChecksum &checksum) {
+  const bool has_kept = checksum.kept_offset != 0;
+  const uint16_t field_bytes = has_kept ? field_bytes_with_kept : field_bytes_min;
   std::vector<std::byte> field(field_bytes);
   std::memcpy(field.data(), magic.data(), magic.size());
   store_be(field.data() + 8, field_version);
   store_be(field.data() + 10, field_bytes);
-  store_be(field.data() + 12, static_cast<uint32_t>(checksum_piece_bytes));
+  store_be(field.data() + 12, static_cast<uint32_t>(checksum.piece_bytes));
   store_be(field.data() + 16, checksum.stream_bytes);
   std::ranges::copy(checksum.digest, field.begin() + 24);
+  if (has_kept) {
+    store_be(field.data() + 40, checksum.kept_offset);
+  }
   return field;
 }
 
 std::optional<StateChecksum> parse_checksum(std::span<const std::byte> more_extra) {
-  if (more_extra.size() < field_bytes ||
+  if (more_extra.size() < field_bytes_min ||
       std::memcmp(more_extra.data(), magic.data(), magic.size()) != 0 ||
-      load_be<uint16_t>(more_extra.data() + 8) != field_version ||
-      load_be<uint16_t>(more_extra.data() + 10) < field_bytes ||
-      load_be<uint32_t>(more_extra.data() + 12) != checksum_piece_bytes) {
+      load_be<uint16_t>(more_extra.data() + 8) != field_version) {
     return std::nullopt;
   }
+  const auto field_bytes = load_be<uint16_t>(more_extra.data() + 10);
   StateChecksum checksum;
+  checksum.piece_bytes = load_be<uint32_t>(more_extra.data() + 12);
+  if (field_bytes < field_bytes_min || !std::has_single_bit(checksum.piece_bytes) ||
+      checksum.piece_bytes < checksum_piece_bytes_min ||
+      checksum.piece_bytes > checksum_piece_bytes_max) {
+    return std::nullopt;
+  }
   checksum.stream_bytes = load_be<uint64_t>(more_extra.data() + 16);
+  if (checksum.pieces() > checksum_pieces_max) {
+    return std::nullopt;
+  }
   std::ranges::copy(more_extra.subspan(24, checksum.digest.size()), checksum.digest.begin());
+  if (std::min<size_t>(field_bytes, more_extra.size()) >= field_bytes_with_kept) {
+    checksum.kept_offset = load_be<uint64_t>(more_extra.data() + 40);
+  }
   return checksum;
 }
 
@@ -130,7 +150,7 @@ void PieceDigests::set(uint64_t piece, const Digest &digest) {
 }
 
 StateChecksum PieceDigests::checksum() const {
-  return combined(stream_bytes_, digests_);
+  return combined(stream_bytes_, checksum_piece_bytes, digests_);
 }
 
 void StreamDigest::end_piece() {
@@ -140,9 +160,9 @@ void StreamDigest::end_piece() {
 void StreamDigest::add(std::span<const std::byte> bytes) {
   bytes_ += bytes.size();
   while (!bytes.empty()) {
-    const size_t part = std::min<uint64_t>(bytes.size(), checksum_piece_bytes - piece_.bytes());
+    const size_t part = std::min<uint64_t>(bytes.size(), piece_bytes_ - piece_.bytes());
     piece_.add(bytes.first(part));
-    if (piece_.bytes() == checksum_piece_bytes) {
+    if (piece_.bytes() == piece_bytes_) {
       end_piece();
     }
     bytes = bytes.subspan(part);
@@ -152,25 +172,34 @@ void StreamDigest::add(std::span<const std::byte> bytes) {
 void StreamDigest::add_zeros(uint64_t bytes) {
   bytes_ += bytes;
   while (bytes > 0) {
-    if (piece_.bytes() == 0 && bytes >= checksum_piece_bytes) {
-      digests_.push_back(digest_of_zero_piece());
-      bytes -= checksum_piece_bytes;
+    if (piece_.bytes() == 0 && bytes >= piece_bytes_) {
+      if (!zero_piece_) {
+        zero_piece_ = digest_of_zeros(piece_bytes_);
+      }
+      digests_.push_back(*zero_piece_);
+      bytes -= piece_bytes_;
       continue;
     }
-    const uint64_t part = std::min(bytes, checksum_piece_bytes - piece_.bytes());
+    const uint64_t part = std::min(bytes, piece_bytes_ - piece_.bytes());
     piece_.add_zeros(part);
-    if (piece_.bytes() == checksum_piece_bytes) {
+    if (piece_.bytes() == piece_bytes_) {
       end_piece();
     }
     bytes -= part;
   }
 }
 
+void StreamDigest::add_piece(const Digest &digest) {
+  assert(piece_.bytes() == 0 && bytes_ == digests_.size() * piece_bytes_);
+  digests_.push_back(digest);
+  bytes_ += piece_bytes_;
+}
+
 StateChecksum StreamDigest::finish() {
   if (piece_.bytes() > 0) {
     end_piece();
   }
-  return combined(bytes_, digests_);
+  return combined(bytes_, piece_bytes_, digests_);
 }
 
 }  // namespace qvmstate::vmstate

@@ -36,6 +36,8 @@ struct StreamStats {
   uint64_t zero_pages = 0;                     ///< read and found zero
   uint64_t untouched_pages = 0;                ///< not read at all
   uint64_t copied_bytes = 0;                   ///< RAM bytes copied by this process
+  uint64_t written_groups = 0;                 ///< of the layout stream-aligned
+  uint64_t shared_groups = 0;                  ///< the same, that stand in the base already
   std::optional<StateChecksum> checksum = {};  ///< if it was wanted
 };
 

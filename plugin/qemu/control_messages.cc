@@ -28,7 +28,7 @@ constexpr CodeName code_names[] = {
 
 constexpr const char *direct_names[] = {"auto", "on", "off"};
 constexpr const char *engine_names[] = {"auto", "io_uring", "threads"};
-constexpr const char *layout_names[] = {"auto", "legacy", "mapped-ram"};
+constexpr const char *layout_names[] = {"auto", "legacy", "mapped-ram", "stream-aligned"};
 
 enum class Type { text, number, flag };
 struct Argument {
@@ -40,7 +40,7 @@ constexpr Argument save_arguments[] = {
     {"direct", Type::text},        {"engine", Type::text},        {"buffers", Type::number},
     {"depth", Type::number},       {"rate-limit", Type::number},  {"layout", Type::text},
     {"sparse-bitmap", Type::flag}, {"channels", Type::number},    {"to", Type::text},
-    {"descriptors", Type::number}, {"allow-bitmaps", Type::flag},
+    {"descriptors", Type::number}, {"allow-bitmaps", Type::flag}, {"base", Type::text},
 };
 
 bool has_type(const Json &value, Type type) {
@@ -90,6 +90,9 @@ Json to_json(const SaveOptions &options) {
   if (options.layout != SaveLayout::automatic) {
     json["layout"] = layout_names[static_cast<size_t>(options.layout)];
   }
+  if (!options.base.empty()) {
+    json["base"] = options.base;
+  }
   if (options.sparse_bitmap) {
     json["sparse-bitmap"] = true;
   }
@@ -132,6 +135,7 @@ Result<SaveOptions> save_options_from(const Json &arguments, std::vector<Descrip
   options.depth = static_cast<unsigned>(depth);
   options.rate_limit_bytes_per_second = number_at(arguments, "rate-limit");
   QV_ASSIGN(options.layout, choice_from<SaveLayout>(arguments, "layout", layout_names));
+  options.base = text_at(arguments, "base");
   options.sparse_bitmap = flag_at(arguments, "sparse-bitmap");
   options.allow_bitmaps = flag_at(arguments, "allow-bitmaps");
   options.channels =
@@ -176,6 +180,10 @@ Json to_json(const SaveReport &report) {
           {"data-seconds", report.data_seconds},
           {"io-engine", report.io_engine},
           {"layout", report.layout},
+          {"base", report.base},
+          {"group-bytes", report.group_bytes},
+          {"written-groups", report.written_groups},
+          {"shared-groups", report.shared_groups},
           {"target", report.target},
           {"channels", report.channels},
           {"target-bytes", report.target_bytes},
@@ -202,6 +210,10 @@ SaveReport save_report_from(const Json &value) {
   report.data_seconds = real_at(value, "data-seconds");
   report.io_engine = text_at(value, "io-engine");
   report.layout = text_at(value, "layout");
+  report.base = text_at(value, "base");
+  report.group_bytes = number_at(value, "group-bytes");
+  report.written_groups = number_at(value, "written-groups");
+  report.shared_groups = number_at(value, "shared-groups");
   report.target = text_at(value, "target");
   report.channels = static_cast<unsigned>(number_at(value, "channels"));
   report.target_bytes = number_at(value, "target-bytes");

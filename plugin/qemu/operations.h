@@ -20,7 +20,7 @@
 namespace qvmstate::qemu {
 
 /// How RAM lies in the vmstate. `automatic`: what suits the target and the QEMU.
-enum class SaveLayout { automatic, legacy, mapped_ram };
+enum class SaveLayout { automatic, legacy, mapped_ram, stream_aligned };
 
 constexpr unsigned channels_max = 64;
 
@@ -36,6 +36,8 @@ struct SaveOptions {
   unsigned depth = 8;
   uint64_t rate_limit_bytes_per_second = 0;  ///< 0: none
   SaveLayout layout = SaveLayout::automatic;
+  /// A snapshot in the layout stream-aligned; what has not changed since is shared with it.
+  std::string base;
   bool sparse_bitmap = false;  ///< mapped-ram only: the bitmap of pages may have holes
   unsigned channels = 0;       ///< that write at the same time, up to channels_max; 0: automatic
   /// Empty: into the VM's qcow2, as snapshot `name`. Otherwise a plain file or passed descriptors,
@@ -70,13 +72,17 @@ struct SaveReport {
   uint64_t zero_pages = 0;
   uint64_t untouched_pages = 0;
   uint64_t vmstate_bytes = 0;
-  uint64_t copied_bytes = 0;   ///< RAM bytes copied inside this process
+  uint64_t copied_bytes = 0;  ///< RAM bytes copied inside this process
+  uint64_t group_bytes = 0;   ///< of the layout stream-aligned
+  uint64_t written_groups = 0;
+  uint64_t shared_groups = 0;  ///< with the base
   uint64_t written_bytes = 0;  ///< to all images
   double pause_seconds = 0;    ///< from before `stop` until `cont` was answered
   double total_seconds = 0;
   double data_seconds = 0;    ///< stream written and synced, part of the pause
   std::string io_engine;      ///< "io_uring" or "threads", " direct" added with O_DIRECT
-  std::string layout;         ///< "legacy" or "mapped-ram"
+  std::string layout;         ///< "legacy", "mapped-ram" or "stream-aligned"
+  std::string base;           ///< the snapshot that groups are shared with
   std::string target;         ///< path of the file that was written; empty: the VM's own qcow2
   unsigned channels = 0;      ///< that wrote
   uint64_t target_bytes = 0;  ///< of the file, from its begin to the end of the save

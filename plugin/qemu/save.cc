@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "plugin/qemu/handover.h"
 #include "plugin/qemu/live_vm.h"
@@ -17,6 +18,9 @@
 #include "qcow2/allocator.h"
 #include "qcow2/image_set.h"
 #include "qcow2/suitability.h"
+#include "vmstate/aligned_group.h"
+#include "vmstate/base_state.h"
+#include "vmstate/channel_count.h"
 #include "vmstate/device_sections.h"
 
 namespace qvmstate::qemu {
@@ -68,9 +72,25 @@ Result<Room> room_for(const Disk &disk, const qcow2::Image &image) {
   return Room{blocks * space.f_frsize, "file system"};
 }
 
-Result<void> check_space(const Disk &disk, const qcow2::Image &image, const RamEstimate &ram) {
+uint64_t group_bytes_of(const qcow2::Image &image) {
+  return std::max(vmstate::group_bytes_min, image.geometry().cluster_bytes());
+}
+
+/// How much the state may take. With a base that cannot be told; an image that becomes full is as
+/// it was, as after any failure.
+uint64_t bytes_needed(const SaveOptions &options, const qcow2::Image &image,
+                      const RamEstimate &ram) {
+  if (!options.base.empty()) {
+    return 0;
+  }
+  return layout_of(options) == SaveLayout::stream_aligned
+             ? aligned_bytes_expected(ram, group_bytes_of(image))
+             : stream_bytes_max(ram);
+}
+
+Result<void> check_space(const Disk &disk, const qcow2::Image &image, uint64_t state_bytes) {
   QV_ASSIGN(const Room room, room_for(disk, image));
-  const uint64_t needed_bytes = stream_bytes_max(ram) + device_bytes_expected;
+  const uint64_t needed_bytes = state_bytes + device_bytes_expected;
   if (needed_bytes > room.bytes) {
     return fail(ErrorCode::no_space, describe(disk) + ": the snapshot may need " +
                                          std::to_string(needed_bytes / mib) + " MiB, and its " +
@@ -103,6 +123,36 @@ Result<void> check_bitmaps(const Disk &disk, const SaveOptions &options, SaveRep
   return {};
 }
 
+/// The snapshot that is to be the base, if one is, in the image that gets the vmstate.
+Result<const qcow2::Snapshot *> find_base(const SaveOptions &options, const qcow2::Image &image) {
+  if (options.base.empty()) {
+    return nullptr;
+  }
+  const int index = qcow2::find_snapshot(image.snapshots(), options.base);
+  if (index < 0) {
+    return fail(ErrorCode::not_found, image.name() + ": has no snapshot named '" + options.base +
+                                          "' to be the base; leave out --base for the first save");
+  }
+  return &image.snapshots()[static_cast<size_t>(index)];
+}
+
+/// What is known of the base.
+struct Base {
+  vmstate::StateChecksum checksum;
+  std::vector<vmstate::Digest> digests;
+};
+
+Result<std::optional<Base>> read_base(const SaveOptions &options, const qcow2::Image &image) {
+  QV_ASSIGN(const qcow2::Snapshot *snapshot, find_base(options, image));
+  if (snapshot == nullptr) {
+    return std::optional<Base>();
+  }
+  Base base;
+  QV_ASSIGN(base.checksum, vmstate::check_base(image, *snapshot));
+  QV_ASSIGN(base.digests, vmstate::read_kept_digests(image, *snapshot, base.checksum));
+  return std::optional(std::move(base));
+}
+
 /// Everything that can be refused while the guest still runs.
 Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, size_t vmstate_disk,
                                       Seat seat, SaveReport &report) {
@@ -119,7 +169,12 @@ Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, si
     QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
   }
   QV_ASSIGN(const RamEstimate ram, look_at_ram(vm, seat, report));
-  QV_TRY(check_space(vm.disks[vmstate_disk], *watched.images()[vmstate_disk], ram));
+  const qcow2::Image &image = *watched.images()[vmstate_disk];
+  QV_ASSIGN(const qcow2::Snapshot *base, find_base(options, image));
+  if (base != nullptr) {
+    QV_TRY(vmstate::check_base(image, *base));
+  }
+  QV_TRY(check_space(vm.disks[vmstate_disk], image, bytes_needed(options, image, ram)));
   return ram;
 }
 
@@ -136,6 +191,15 @@ struct SaveContext {
   SaveReport &report;
 };
 
+/// How many threads read RAM: of a base, all that look for what has changed.
+unsigned sources_for(const SaveContext &context) {
+  if (context.options.base.empty()) {
+    return std::max(1U, context.channels);
+  }
+  return context.options.channels != 0 ? context.options.channels
+                                       : vmstate::default_channels(context.ram.total_bytes);
+}
+
 /// The guest stands and the images are ours until this returns.
 Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> device_bytes) {
   SaveReport &report = context.report;
@@ -144,8 +208,7 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   QV_ASSIGN(const auto sections, vmstate::split_device_sections(device_bytes));
   QV_ASSIGN(const uint64_t clock_nanos, vmstate::vm_clock_nanos(sections));
   // Looked up again: memory may have been plugged since.
-  QV_ASSIGN(std::vector<GuestRam> ram,
-            open_ram(context.vm, context.seat, std::max(1U, context.channels)));
+  QV_ASSIGN(std::vector<GuestRam> ram, open_ram(context.vm, context.seat, sources_for(context)));
 
   std::vector<io::BufferPool> pools;
   io::OpenOptions open_options;
@@ -167,6 +230,8 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
     QV_TRY(qcow2::check_image_suits(*images[i], role, bitmaps_of(options)));
   }
 
+  QV_ASSIGN(const std::optional<Base> base, read_base(options, *images[context.vmstate_disk]));
+
   qcow2::NewSnapshot snapshot;
   snapshot.name = options.name;
   timespec now = {};
@@ -175,7 +240,10 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   snapshot.date_nanos = static_cast<uint32_t>(now.tv_nsec);
   snapshot.clock_nanos = clock_nanos;
   QV_ASSIGN(auto transaction,
-            qcow2::SetSave::begin(images, context.vmstate_disk, snapshot, options.replace));
+            qcow2::SetSave::begin(
+                images, context.vmstate_disk, snapshot, options.replace,
+                base ? std::optional(qcow2::SetBase{options.base, base->checksum.stream_bytes})
+                     : std::nullopt));
   // Whatever fails from here on is reported after the transaction was undone.
   auto undo = [&](Error error) -> Result<void> {
     if (auto undone = transaction->abort(); !undone) {
@@ -185,7 +253,8 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   };
   qcow2::VmstateArea &area = transaction->vmstate();
   if (context.channels == 0) {
-    transaction->expect_stream_bytes(stream_bytes_max(context.ram) + device_bytes.size());
+    transaction->expect_stream_bytes(
+        bytes_needed(options, *images[context.vmstate_disk], context.ram) + device_bytes.size());
   } else {
     area.expect_fixed_bytes(context.ram.touched_bytes);
   }
@@ -195,6 +264,13 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
                         .fixed = &area,
                         .all_pages_present = !options.sparse_bitmap,
                         .checksum = true};
+  if (layout_of(options) == SaveLayout::stream_aligned) {
+    target.group_bytes = group_bytes_of(*images[context.vmstate_disk]);
+  }
+  std::optional<vmstate::BaseState> shared;
+  if (base) {
+    target.base = &shared.emplace(base->checksum, base->digests, area);
+  }
   auto written_bytes = [&] {
     uint64_t bytes = file.bytes_written();
     for (const auto &channel : owned.channels()) {

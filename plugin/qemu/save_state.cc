@@ -6,6 +6,8 @@
 
 #include "plugin/qemu/stopped_vm.h"
 #include "qcow2/io/stream_buffer.h"
+#include "vmstate/aligned_group.h"
+#include "vmstate/aligned_writer.h"
 #include "vmstate/channel_count.h"
 #include "vmstate/legacy_writer.h"
 #include "vmstate/mapped_ram_writer.h"
@@ -69,12 +71,12 @@ class Pace {
   Progress progress_;
 };
 
-Result<vmstate::StreamStats> write_legacy(const StateTarget &target,
-                                          const vmstate::StreamConfiguration &configuration,
-                                          std::vector<GuestRam> &ram,
-                                          std::vector<io::BufferPool> &pools,
-                                          std::span<const vmstate::DeviceSection> devices,
-                                          const SaveOptions &options, Pace &pace) {
+Result<vmstate::StreamStats> write_sequential(const StateTarget &target,
+                                              const vmstate::StreamConfiguration &configuration,
+                                              std::vector<GuestRam> &ram,
+                                              std::vector<io::BufferPool> &pools,
+                                              std::span<const vmstate::DeviceSection> devices,
+                                              const SaveOptions &options, Pace &pace) {
   QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(options.buffers));
   pools.push_back(std::move(pool));
   target.file->backend().register_buffers(pools.back().memory());
@@ -83,16 +85,26 @@ Result<vmstate::StreamStats> write_legacy(const StateTarget &target,
   }
   vmstate::StreamDigest digest;
   io::DataHook hash;
-  if (target.checksum) {
+  const bool is_aligned = target.group_bytes != 0;
+  if (target.checksum && !is_aligned) {
     hash = [&](std::span<const std::byte> data) { digest.add(data); };
   }
   io::StreamBuffer stream(
       *target.file, pools.back(), *target.sequential,
       [&](uint64_t bytes) { return pace.flushed(bytes); }, std::move(hash));
-  QV_ASSIGN(vmstate::StreamStats stats,
-            vmstate::write_legacy_stream(stream, configuration, *ram.front().source,
-                                         vmstate::qemu_load_order(devices),
-                                         [&](uint64_t bytes) { return pace.ram_done(bytes); }));
+  const vmstate::LoadOrder order = vmstate::qemu_load_order(devices);
+  const vmstate::RamHook ram_done = [&](uint64_t bytes) { return pace.ram_done(bytes); };
+  if (is_aligned) {
+    vmstate::AlignedOptions aligned = {.group_bytes = target.group_bytes, .base = target.base};
+    for (size_t i = 1; i < ram.size(); ++i) {
+      aligned.ram_again.push_back(ram[i].source.get());
+    }
+    return vmstate::write_aligned_stream(stream, configuration, *ram.front().source, order, aligned,
+                                         ram_done);
+  }
+  QV_ASSIGN(
+      vmstate::StreamStats stats,
+      vmstate::write_legacy_stream(stream, configuration, *ram.front().source, order, ram_done));
   if (target.checksum) {
     stats.checksum = digest.finish();
   }
@@ -139,6 +151,26 @@ Result<vmstate::StreamStats> write_mapped_ram(const StateTarget &target,
 
 }  // namespace
 
+SaveLayout layout_of(const SaveOptions &options) {
+  if (options.layout != SaveLayout::automatic) {
+    return options.layout;
+  }
+  return options.base.empty() ? SaveLayout::legacy : SaveLayout::stream_aligned;
+}
+
+const char *layout_name(SaveLayout layout) {
+  switch (layout) {
+    case SaveLayout::automatic:
+    case SaveLayout::legacy:
+      return "legacy";
+    case SaveLayout::mapped_ram:
+      return "mapped-ram";
+    case SaveLayout::stream_aligned:
+      return "stream-aligned";
+  }
+  return "unknown";
+}
+
 unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes) {
   if (options.layout != SaveLayout::mapped_ram) {
     return 0;
@@ -161,11 +193,19 @@ uint64_t stream_bytes_max(const RamEstimate &ram) {
   return ram.touched_bytes + ram.total_bytes / 4096 * 9;
 }
 
+uint64_t aligned_bytes_expected(const RamEstimate &ram, uint64_t group_bytes) {
+  constexpr uint64_t blocks_expected = 32;  // each begins a group
+  const uint64_t data_bytes = vmstate::pages_per_group(group_bytes) * vmstate::aligned_page_bytes;
+  return (divide_up(ram.touched_bytes, data_bytes) + blocks_expected) * group_bytes +
+         ram.total_bytes / vmstate::aligned_page_bytes * 9;
+}
+
 SaveReport begin_report(const LiveVm &vm, const SaveOptions &options, Seat seat) {
   SaveReport report;
   report.name = options.name;
   report.source = seat == Seat::plugin ? "plugin" : "attach";
-  report.layout = options.layout == SaveLayout::mapped_ram ? "mapped-ram" : "legacy";
+  report.layout = layout_name(layout_of(options));
+  report.base = options.base;
   report.qemu_version = vm.qmp->version();
   return report;
 }
@@ -178,6 +218,9 @@ void report_stats(const vmstate::StreamStats &stats, const StateTarget &target,
   report.untouched_pages = stats.untouched_pages;
   report.vmstate_bytes = stats.stream_bytes;
   report.copied_bytes = stats.copied_bytes;
+  report.group_bytes = target.group_bytes;
+  report.written_groups = stats.written_groups;
+  report.shared_groups = stats.shared_groups;
   report.channels = std::max<unsigned>(1, target.channels.size());
   const io::Backend &backend =
       (target.channels.empty() ? *target.file : *target.channels.front()).backend();
@@ -195,7 +238,7 @@ Result<vmstate::StreamStats> write_state(const StateTarget &target, const Machin
   Pace pace(observer, options.rate_limit_bytes_per_second,
             vmstate::total_bytes(ram.front().source->blocks()), begin);
   return target.channels.empty()
-             ? write_legacy(target, configuration, ram, pools, devices, options, pace)
+             ? write_sequential(target, configuration, ram, pools, devices, options, pace)
              : write_mapped_ram(target, configuration, ram, pools, devices, options, pace);
 }
 

@@ -14,6 +14,7 @@
 #include "qcow2/io/buffer_pool.h"
 #include "qcow2/io/file.h"
 #include "qcow2/io/placement.h"
+#include "vmstate/base_state.h"
 #include "vmstate/device_sections.h"
 #include "vmstate/stream_parts.h"
 
@@ -22,8 +23,12 @@ namespace qvmstate::qemu {
 /// Of each channel: small writes between zero pages need many at a time.
 constexpr unsigned channel_depth = 32;
 
+/// As asked for, or what that means.
+SaveLayout layout_of(const SaveOptions &options);
+const char *layout_name(SaveLayout layout);
+
 /// Threads that write RAM: as the user said, or as many as the CPUs and the RAM are good for; 0 for
-/// the legacy layout, which has one writer.
+/// a stream, which has one writer.
 unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes);
 
 /// What devices may take, when room for them is estimated.
@@ -31,8 +36,10 @@ constexpr uint64_t device_bytes_expected = 16 * mib;
 
 struct StateTarget {
   io::File *file = nullptr;               ///< for all but the channels
-  std::vector<io::File *> channels = {};  ///< none: the legacy layout
-  io::Placement *sequential = nullptr;    ///< for the legacy layout
+  std::vector<io::File *> channels = {};  ///< none: a stream from its begin to its end
+  io::Placement *sequential = nullptr;    ///< for that
+  uint64_t group_bytes = 0;               ///< the stream is stream-aligned, in groups of these
+  vmstate::BaseState *base = nullptr;     ///< what it can share, if anything
   io::FixedPlacement *fixed = nullptr;    ///< for mapped-ram
   uint64_t start_bytes = 0;               ///< of the stream in a plain file
   bool all_pages_present = false;         ///< see MappedWriteOptions
@@ -53,6 +60,8 @@ Result<RamEstimate> look_at_ram(LiveVm &vm, Seat seat, SaveReport &report);
 /// An upper bound of the stream's bytes that are written: touched pages with their headers, a ZERO
 /// record for each other one.
 uint64_t stream_bytes_max(const RamEstimate &ram);
+/// About as many as groups of the layout stream-aligned take, where touched pages lie together.
+uint64_t aligned_bytes_expected(const RamEstimate &ram, uint64_t group_bytes);
 
 /// What is known at the begin.
 SaveReport begin_report(const LiveVm &vm, const SaveOptions &options, Seat seat);

@@ -130,6 +130,10 @@ Result<void> check_save_options(const SaveOptions &options) {
   if (options.channels > channels_max) {
     return refuse("--channels can be 1 to 64, or 0 to choose");
   }
+  if (!options.base.empty() && options.layout != SaveLayout::automatic &&
+      options.layout != SaveLayout::stream_aligned) {
+    return refuse("--base shares groups of the layout stream-aligned; leave out --layout");
+  }
   if (options.sparse_bitmap && options.layout != SaveLayout::mapped_ram) {
     return refuse("--sparse-bitmap needs --layout mapped-ram");
   }
@@ -140,10 +144,11 @@ Result<void> check_save_options(const SaveOptions &options) {
   if (!options.name.empty()) {
     return refuse("NAME is that of a snapshot in the VM's qcow2; it cannot go with --to or --fd");
   }
-  if (options.replace || options.allow_bitmaps || !options.vmstate_node.empty()) {
+  if (options.replace || options.allow_bitmaps || !options.vmstate_node.empty() ||
+      !options.base.empty() || options.layout == SaveLayout::stream_aligned) {
     return refuse(
-        "--replace, --allow-bitmaps and --vmstate-node mean a snapshot in the VM's qcow2; they "
-        "cannot go with --to or --fd");
+        "--replace, --allow-bitmaps, --base, --layout stream-aligned and --vmstate-node mean a "
+        "snapshot in the VM's qcow2; they cannot go with --to or --fd");
   }
   if ((target.kind == SaveTarget::Kind::passed) != has_descriptors) {
     return refuse(has_descriptors ? "--fd and --direct-fd cannot go with --to file:"

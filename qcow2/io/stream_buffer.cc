@@ -57,6 +57,17 @@ Result<void> StreamBuffer::put(std::span<const std::byte> bytes) {
   return stopped();
 }
 
+Result<void> StreamBuffer::skip(uint64_t bytes) {
+  QV_TRY(stopped());
+  if (current_ != nullptr && current_->used > 0) {
+    assert(current_->used % placement_.unit_bytes() == 0);
+    QV_TRY(flush_current());
+  }
+  position_ += bytes;
+  flushed_ += bytes;
+  return {};
+}
+
 uint64_t StreamBuffer::landed() const {
   uint64_t position = flushed_;
   for (unsigned i = 0; i < pool_.count(); ++i) {

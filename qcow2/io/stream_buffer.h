@@ -2,8 +2,9 @@
 //
 // The writer asks for space(), fills it, and says advance(). A full buffer is flushed at once: its
 // place in the file is asked of a Placement, its transfers start, and filling goes on in the next
-// free buffer; only when none is free the stream waits. Only the last buffer may be partial:
-// finish() pads it with zeros to the placement's unit, writes it and waits for all.
+// free buffer; only when none is free the stream waits. Only the last buffer, and the one before a
+// skip(), may be partial: finish() pads it with zeros to the placement's unit, writes it and waits
+// for all.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +49,9 @@ class StreamBuffer {
   [[nodiscard]] Result<void> advance(size_t bytes);
   /// Copies bytes in, over buffer borders.
   [[nodiscard]] Result<void> put(std::span<const std::byte> bytes);
+  /// Leaves out bytes of the stream that are placed already, or will be before the next are put;
+  /// what is in the buffer must fill units of the placement, and is flushed.
+  [[nodiscard]] Result<void> skip(uint64_t bytes);
   /// Stream position: all bytes so far, those still in the buffer included.
   uint64_t tell() const { return position_; }
   /// All bytes before this position were written by the file.

@@ -36,6 +36,7 @@ sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 
 import abi_case  # noqa: E402  (found through the path set above)
 import extract_case  # noqa: E402
+import incremental_case  # noqa: E402
 import offline  # noqa: E402
 import qemus  # noqa: E402
 from bare_vm import LOADED_AT_MIB, PAGE, BareVM, PeakMemory, status_kib  # noqa: E402
@@ -88,7 +89,7 @@ CONTESTANTS = [
     *OURS_MAPPED, MIGRATE, SAVEVM, *ZERO, *SWEEP,
 ]
 OURS = ("plugin", "attach")
-ALL_CASES = "main,large,metadata,serializer,abi,extract,offline"
+ALL_CASES = "main,large,metadata,incremental,serializer,abi,extract,offline"
 
 
 def compared_with(contestant):
@@ -707,6 +708,9 @@ def main():
             results["large"] = large_guest(bench, options.rounds, bars)
         if "metadata" in cases and "newest" not in bench.missing:
             results["metadata"] = metadata_disk(bench, options.rounds, bars)
+        if "incremental" in cases and "newest" not in bench.missing:
+            results["incremental"] = incremental_case.measure(bench, options.rounds, bars,
+                                                              quiet_machine, row, progress)
         if "extract" in cases and "newest" not in bench.missing:
             results["extract"] = extract(bench, options.rounds, bars)
         if "serializer" in cases:

@@ -27,6 +27,9 @@ enum class Action {
   convert_compressed,
   import_state,  // as a set of one image, the checksum in the table
   import_replacing,
+  share,            // a state of which a part is that of another snapshot
+  share_replacing,  // which is the one that is replaced
+  share_then_remove_base,
 };
 
 struct Case {
@@ -60,6 +63,12 @@ const char *name_of(Action action) {
       return "import";
     case Action::import_replacing:
       return "import_replacing";
+    case Action::share:
+      return "share";
+    case Action::share_replacing:
+      return "share_replacing";
+    case Action::share_then_remove_base:
+      return "share_then_delete_base";
   }
   return "?";
 }
@@ -88,12 +97,21 @@ std::vector<Case> cases() {
   }
   std::vector<Case> all;
   constexpr Action actions[] = {
-      Action::save,           Action::replace,
-      Action::remove,         Action::rename,
-      Action::cancelled_save, Action::remove_then_save,
-      Action::fixed_save,     Action::remove_then_fixed_save,
-      Action::convert,        Action::convert_compressed,
-      Action::import_state,   Action::import_replacing,
+      Action::save,
+      Action::replace,
+      Action::remove,
+      Action::rename,
+      Action::cancelled_save,
+      Action::remove_then_save,
+      Action::fixed_save,
+      Action::remove_then_fixed_save,
+      Action::convert,
+      Action::convert_compressed,
+      Action::import_state,
+      Action::import_replacing,
+      Action::share,
+      Action::share_replacing,
+      Action::share_then_remove_base,
   };
   for (size_t i = 0; i < kinds.size(); ++i) {
     for (size_t j = 0; j < std::size(actions); ++j) {
@@ -122,6 +140,23 @@ const Bytes &fixed_stream() {
     std::fill(all.begin() + 70 * kib, all.begin() + 200 * kib, std::byte{0});
     return all;
   }();
+  return bytes;
+}
+/// All whole groups of the old stream between other bytes, as an incremental save leaves them; of
+/// clusters that are larger than it, its only one.
+SharedStream shared_stream(uint64_t cluster_bytes) {
+  const uint64_t group_bytes = std::max(64 * kib, cluster_bytes);
+  return {"victim", seeded_bytes(group_bytes, 14), 0,
+          std::max(round_down(old_stream().size(), group_bytes), group_bytes),
+          seeded_bytes(5 * kib + 7, 15)};
+}
+Bytes shared_bytes(uint64_t cluster_bytes) {
+  const SharedStream stream = shared_stream(cluster_bytes);
+  Bytes bytes = stream.head;
+  Bytes base = old_stream();
+  base.resize(stream.bytes);
+  bytes.insert(bytes.end(), base.begin(), base.end());
+  bytes.insert(bytes.end(), stream.tail.begin(), stream.tail.end());
   return bytes;
 }
 constexpr uint32_t new_date = 1700001111;
@@ -155,7 +190,7 @@ SnapshotView fresh_snapshot(const ImageView &before, const std::string &id,
 }
 
 // The states the action goes through, each from what the action is meant to do.
-std::vector<ImageView> states(Action action, const ImageView &before) {
+std::vector<ImageView> states(Action action, const ImageView &before, uint64_t cluster_bytes) {
   std::vector<ImageView> all{before};
   ImageView after = before;
   switch (action) {
@@ -199,6 +234,17 @@ std::vector<ImageView> states(Action action, const ImageView &before) {
     case Action::import_replacing:
       after.snapshots["victim"] = fresh_snapshot(before, "3");
       after.snapshots["victim"].more_extra = new_checksum();
+      break;
+    case Action::share:
+      after.snapshots["fresh"] = fresh_snapshot(before, "3", shared_bytes(cluster_bytes));
+      break;
+    case Action::share_replacing:
+      after.snapshots["victim"] = fresh_snapshot(before, "3", shared_bytes(cluster_bytes));
+      break;
+    case Action::share_then_remove_base:
+      after.snapshots["fresh"] = fresh_snapshot(before, "3", shared_bytes(cluster_bytes));
+      all.push_back(after);
+      after.snapshots.erase("victim");
       break;
   }
   all.push_back(after);
@@ -276,6 +322,16 @@ Result<void> perform(Action action, Image &image) {
       return import_into(image, "fresh", false);
     case Action::import_replacing:
       return import_into(image, "victim", true);
+    case Action::share:
+      return save_sharing(image, "fresh", shared_stream(image.geometry().cluster_bytes()), false,
+                          new_date);
+    case Action::share_replacing:
+      return save_sharing(image, "victim", shared_stream(image.geometry().cluster_bytes()), true,
+                          new_date);
+    case Action::share_then_remove_base:
+      QV_TRY(save_sharing(image, "fresh", shared_stream(image.geometry().cluster_bytes()), false,
+                          new_date));
+      return remove(image, "victim", true);
   }
   return {};
 }
@@ -298,7 +354,7 @@ class OneImage : public testing::TestWithParam<Case> {
     ASSERT_TRUE(before_.snapshots["victim"].vmstate == old_stream());
     ASSERT_FALSE(before_.snapshots["victim"].disk == before_.active);
     ASSERT_FALSE(before_.snapshots["old"].disk == before_.active);
-    states_ = states(GetParam().action, before_);
+    states_ = states(GetParam().action, before_, GetParam().kind.cluster_bytes);
     contents_ = read_file(path_);
   }
 

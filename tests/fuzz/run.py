@@ -16,7 +16,8 @@ import zlib
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.dirname(os.path.dirname(HERE))
 # Bytes of the longest input, in which a target's interesting structures fit.
-TARGETS = {"image": 1 << 17, "stream": 1 << 15, "stored_state": 1 << 15, "sections": 1 << 14}
+TARGETS = {"image": 1 << 17, "base_state": 1 << 17, "stream": 1 << 15, "stored_state": 1 << 15,
+           "sections": 1 << 14}
 PAGE = 4096
 RAM_ID = 2
 
@@ -96,7 +97,7 @@ def main():
     failed = []
     for target, bytes_max in TARGETS.items():
         folders = [os.path.join(build, "corpus", target), os.path.join(HERE, "found", target)]
-        if target == "image":
+        if target in ("image", "base_state"):
             folders.append(os.path.join(SOURCE, "fixtures"))
         program = os.path.join(build, "tests", "fuzz", f"fuzz_{target}")
         print(f"== {target}, {options.seconds} s", flush=True)

@@ -156,12 +156,39 @@ TEST_F(ControlTest, TargetOptionsAndReportArriveWhole) {
   }
 }
 
+TEST_F(ControlTest, ABaseAndWhatIsSharedWithItArriveWhole) {
+  SaveOptions seen;
+  save_ = [&](const SaveOptions &options, const Observer &) -> Result<SaveReport> {
+    seen = options;
+    SaveReport report;
+    report.layout = "stream-aligned";
+    report.base = options.base;
+    report.group_bytes = 65536;
+    report.written_groups = 5;
+    report.shared_groups = uint64_t{1} << 40;
+    return report;
+  };
+  SaveOptions options;
+  options.name = "x";
+  options.base = "y";
+  options.layout = SaveLayout::stream_aligned;
+  const auto report = save_by_control(path_, options, {});
+  ASSERT_TRUE(report) << report.error().message;
+  EXPECT_EQ(seen.base, "y");
+  EXPECT_EQ(seen.layout, SaveLayout::stream_aligned);
+  EXPECT_EQ(report->layout, "stream-aligned");
+  EXPECT_EQ(report->base, "y");
+  EXPECT_EQ(report->group_bytes, 65536U);
+  EXPECT_EQ(report->written_groups, 5U);
+  EXPECT_EQ(report->shared_groups, uint64_t{1} << 40);
+}
+
 TEST(ControlMessages, WhatIsNotUsedIsNotSentToAnOlderPlugin) {
   SaveOptions options;
   options.name = "x";
   const Json json = to_json(options);
   for (const char *key :
-       {"layout", "sparse-bitmap", "channels", "to", "descriptors", "allow-bitmaps"}) {
+       {"layout", "sparse-bitmap", "channels", "to", "descriptors", "allow-bitmaps", "base"}) {
     EXPECT_FALSE(json.contains(key)) << key;
   }
 }

@@ -173,6 +173,25 @@ Result<void> write_fixed_stream(io::File &file, VmstateArea &area,
   return area.finish_fixed(stream.size());
 }
 
+Result<void> save_sharing(Image &image, const std::string &name, const SharedStream &stream,
+                          bool replace, uint32_t date_seconds) {
+  NewSnapshot snapshot;
+  snapshot.name = name;
+  snapshot.date_seconds = date_seconds;
+  QV_ASSIGN(auto set, SetSave::begin({&image}, 0, snapshot, replace,
+                                     SetBase{stream.base, stream.from + stream.bytes}));
+  QV_ASSIGN(io::BufferPool pool, io::BufferPool::create(io::buffer_count_min, 64 * kib));
+  io::StreamBuffer out(image.file(), pool, set->vmstate());
+  QV_TRY(out.put(stream.head));
+  QV_TRY(out.skip(stream.bytes));
+  QV_TRY(set->vmstate().share(StreamOffset(stream.from), stream.bytes));
+  QV_TRY(out.put(stream.tail));
+  const uint64_t stream_bytes = out.tell();
+  QV_TRY(out.finish());
+  QV_TRY(image.file().sync());
+  return set->commit(stream_bytes);
+}
+
 Result<void> save(Image &image, const std::string &name, std::span<const std::byte> stream,
                   const SaveOptions &options) {
   NewSnapshot snapshot;

@@ -54,6 +54,18 @@ Result<void> write_stream(io::File &file, io::Placement &placement,
 Result<void> write_fixed_stream(io::File &file, VmstateArea &area,
                                 std::span<const std::byte> stream);
 
+/// A stream of which a part is shared with the VM state of another snapshot.
+struct SharedStream {
+  std::string base;  ///< name of that snapshot
+  Bytes head;        ///< written; ends at a cluster's end
+  uint64_t from = 0;
+  uint64_t bytes = 0;  ///< of the base's stream from there on, between ends of clusters
+  Bytes tail;          ///< written
+};
+/// As save() below, with or without replacing a snapshot of that name.
+Result<void> save_sharing(Image &image, const std::string &name, const SharedStream &stream,
+                          bool replace, uint32_t date_seconds = 1700000000);
+
 struct SaveOptions {
   bool replace = false;
   bool fixed = false;  ///< write_fixed_stream instead of write_stream

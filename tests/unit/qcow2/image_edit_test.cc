@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 
 #include "edit_helpers.h"
 #include "qcow2/header.h"
@@ -109,6 +110,96 @@ TEST(ImageEdit, WhatIsAddedIsInTheTable) {
   EXPECT_EQ(added.vmstate_bytes, 0U);
   EXPECT_EQ(added.disk_bytes, 64 * kib);
   EXPECT_EQ(added.more_extra, snapshot.more_extra);
+}
+
+// A chain of states, each on the one before, deleted in every order of three.
+TEST(ImageEdit, StatesThatShareOutliveEachOther) {
+  if (!have_qemu_img()) {
+    GTEST_SKIP() << "qemu-img is missing";
+  }
+  const ScratchFolder folder;
+  const std::string path = folder.path("disk.qcow2");
+  for (const char *options :
+       {"cluster_size=64k", "cluster_size=4k,compat=0.10", "cluster_size=16k,extended_l2=on"}) {
+    std::vector<std::string> names{"one", "three", "two"};
+    do {
+      SCOPED_TRACE(options + (" " + names[0] + names[1] + names[2]));
+      ASSERT_EQ(qemu_img({"create", "-q", "-f", "qcow2", "-o", options, path, "1M"}).status, 0);
+      const auto file = open_writable(path);
+      auto image = Image::open(*file);
+      ASSERT_TRUE(image);
+      std::map<std::string, Bytes> streams;
+      streams["one"] = seeded_bytes(400 * kib + 5, 1);
+      ASSERT_TRUE(save(*image, "one", streams["one"]));
+      const std::span<const std::byte> one = streams["one"];
+      const auto save_on = [&](const std::string &name, const SharedStream &shared) {
+        Bytes &stream = streams[name] = shared.head;
+        const auto base = std::span(streams[shared.base]).subspan(shared.from, shared.bytes);
+        stream.insert(stream.end(), base.begin(), base.end());
+        stream.insert(stream.end(), shared.tail.begin(), shared.tail.end());
+        const auto saved = save_sharing(*image, name, shared, false);
+        ASSERT_TRUE(saved) << saved.error().message;
+        EXPECT_EQ(check_complaint(path), "");
+      };
+      save_on("two", {"one", seeded_bytes(64 * kib, 2), 64 * kib, 256 * kib, seeded_bytes(7, 3)});
+      save_on("three", {"two", seeded_bytes(128 * kib, 4), 0, 192 * kib, seeded_bytes(9, 5)});
+      for (const std::string &gone : names) {
+        for (const auto &[name, stream] : streams) {
+          const auto found = vmstate_of(*image, name);
+          ASSERT_TRUE(found) << found.error().message;
+          EXPECT_TRUE(*found == stream) << name;
+          EXPECT_TRUE(qemu_vmstate(path, *image, name, 0, stream.size()) == stream) << name;
+        }
+        ASSERT_TRUE(remove(*image, gone, true));
+        streams.erase(gone);
+        EXPECT_EQ(check_complaint(path), "");
+      }
+    } while (std::next_permutation(names.begin(), names.end()));
+  }
+}
+
+// Counts of two bits go to 3, and a load needs one: a cluster can have two owners.
+TEST(ImageEdit, ClustersThatCannotBeCountedOnceMoreAreNotShared) {
+  if (!have_qemu_img()) {
+    GTEST_SKIP() << "qemu-img is missing";
+  }
+  const ScratchFolder folder;
+  const std::string path = folder.path("disk.qcow2");
+  const CommandResult made = qemu_img(
+      {"create", "-q", "-f", "qcow2", "-o", "cluster_size=4k,refcount_bits=2", path, "1M"});
+  ASSERT_EQ(made.status, 0) << made.output;
+  const auto file = open_writable(path);
+  auto image = Image::open(*file);
+  ASSERT_TRUE(image);
+  const Bytes stream = seeded_bytes(128 * kib, 1);
+  ASSERT_TRUE(save(*image, "one", stream));
+  const auto can_share = [&](const std::string &base, uint64_t from, uint64_t bytes) {
+    auto edit = ImageEdit::begin(*image);
+    EXPECT_TRUE(edit);
+    const int index = find_snapshot(image->snapshots(), base);
+    EXPECT_TRUE((*edit)->hold_vmstate(static_cast<size_t>(index), stream.size()));
+    return (*edit)->vmstate().can_share(StreamOffset(from), bytes);
+  };
+  EXPECT_TRUE(can_share("one", 0, 128 * kib));
+  EXPECT_FALSE(can_share("one", 64 * kib, 68 * kib)) << "past its end";
+  ASSERT_TRUE(save_sharing(*image, "two", {"one", seeded_bytes(4096, 2), 0, 64 * kib, {}}, false));
+  EXPECT_EQ(check_complaint(path), "");
+  EXPECT_FALSE(can_share("one", 0, 64 * kib));
+  EXPECT_FALSE(can_share("one", 60 * kib, 8 * kib));
+  EXPECT_TRUE(can_share("one", 64 * kib, 64 * kib));
+  EXPECT_FALSE(can_share("two", 4096, 4096));
+  EXPECT_TRUE(can_share("two", 0, 4096));
+  // Each can be applied, which counts once more, and deleted.
+  EXPECT_EQ(qemu_img({"snapshot", "-a", "two", path}).status, 0);
+  EXPECT_EQ(check_complaint(path), "");
+  ASSERT_TRUE(image->reload());
+  ASSERT_TRUE(remove(*image, "one"));
+  EXPECT_EQ(check_complaint(path), "");
+  EXPECT_TRUE(vmstate_of(*image, "two").value() == [&] {
+    Bytes expected = seeded_bytes(4096, 2);
+    expected.insert(expected.end(), stream.begin(), stream.begin() + 64 * kib);
+    return expected;
+  }());
 }
 
 TEST(ImageEdit, RenamingChangesTheNameAlone) {

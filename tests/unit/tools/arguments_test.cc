@@ -61,6 +61,9 @@ TEST(SaveArguments, ATargetWithEverything) {
   EXPECT_EQ(options.channels, 64U);
   EXPECT_TRUE(options.sparse_bitmap);
   EXPECT_EQ(parse("x --layout legacy").command.options.layout, qemu::SaveLayout::legacy);
+  EXPECT_EQ(parse("x --layout stream-aligned").command.options.layout,
+            qemu::SaveLayout::stream_aligned);
+  EXPECT_EQ(parse("x --base y").command.options.base, "y");
   EXPECT_EQ(parse("x --layout auto").command.options.layout, qemu::SaveLayout::automatic);
 }
 
@@ -98,7 +101,10 @@ TEST(SaveArguments, WhatDoesNotGoTogetherIsWrongUsage) {
       {"--to /f", "is no target; give file:PATH"},
       {"x --sparse-bitmap", "--sparse-bitmap needs --layout mapped-ram"},
       {"x --sparse-bitmap --layout legacy", "--sparse-bitmap needs --layout mapped-ram"},
-      {"x --layout best", "is not one of auto|legacy|mapped-ram"},
+      {"x --layout best", "is not one of auto|legacy|mapped-ram|stream-aligned"},
+      {"x --base y --layout legacy", "--base shares groups of the layout stream-aligned"},
+      {"--to file:/f --base y", "--base"},
+      {"--to file:/f --layout stream-aligned", "--layout stream-aligned"},
       {"x --channels 0", "--channels"},
       {"x --channels 65", "--channels"},
       {"x --channels many", "--channels"},

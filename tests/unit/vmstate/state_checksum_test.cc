@@ -100,6 +100,71 @@ TEST(StateChecksum, Field) {
   EXPECT_EQ(parse_checksum(longer), checksum);
 }
 
+TEST(StateChecksum, FieldWithKeptDigests) {
+  StateChecksum checksum;
+  checksum.stream_bytes = 0x60001;
+  checksum.piece_bytes = 64 * kib;
+  checksum.kept_offset = 0x61000;
+  EXPECT_EQ(checksum.pieces(), 7U);
+  test::Bytes golden;
+  golden
+      .text("qvm-xxh3")  // magic
+      .u16(1)            // version
+      .u16(48)           // bytes of the field
+      .u32(0x10000)      // bytes of a piece
+      .u64(0x60001)      // bytes of the stream
+      .fill(16, 0)       // the checksum
+      .u64(0x61000);     // offset of the digests
+  EXPECT_EQ(format_checksum(checksum), golden.done());
+  EXPECT_EQ(parse_checksum(golden.done()), checksum);
+  // Cut off, it is the field without them.
+  checksum.kept_offset = 0;
+  EXPECT_EQ(parse_checksum(std::span(golden.done()).first(47)), checksum);
+}
+
+TEST(StateChecksum, OtherPieces) {
+  const auto parsed = [](uint64_t piece_bytes, uint64_t stream_bytes) {
+    StateChecksum checksum;
+    checksum.piece_bytes = piece_bytes;
+    checksum.stream_bytes = stream_bytes;
+    return parse_checksum(format_checksum(checksum)).has_value();
+  };
+  for (const uint64_t good : {64 * kib, 128 * kib, 1 * mib, 2 * mib}) {
+    EXPECT_TRUE(parsed(good, 12345)) << good;
+    EXPECT_TRUE(parsed(good, good << 26)) << good;
+    EXPECT_FALSE(parsed(good, (good << 26) + 1)) << good;
+    EXPECT_FALSE(parsed(good, UINT64_MAX)) << good;
+  }
+  for (const uint64_t bad : {uint64_t{0}, uint64_t{1}, 32 * kib, 96 * kib, 4 * mib}) {
+    EXPECT_FALSE(parsed(bad, 12345)) << bad;
+  }
+}
+
+TEST(StateChecksum, DigestsOfSmallerPieces) {
+  const Blob stream = noise(5 * 64 * kib + 100, 2);
+  const std::span bytes(stream);
+  StreamDigest whole(64 * kib);
+  whole.add(stream);
+  const StateChecksum expected = whole.finish();
+  ASSERT_EQ(whole.digests().size(), 6U);
+  EXPECT_EQ(whole.digests()[1], PieceDigest::of(bytes.subspan(64 * kib, 64 * kib)));
+  EXPECT_EQ(whole.digests()[5], PieceDigest::of(bytes.last(100)));
+  EXPECT_EQ(expected.digest, PieceDigest::of(std::as_bytes(whole.digests())));
+  StreamDigest told(64 * kib);
+  told.add(bytes.first(2 * 64 * kib));
+  for (size_t piece = 2; piece < 5; ++piece) {
+    told.add_piece(PieceDigest::of(bytes.subspan(piece * 64 * kib, 64 * kib)));
+  }
+  EXPECT_EQ(told.bytes(), 5 * 64 * kib);
+  told.add(bytes.last(100));
+  EXPECT_EQ(told.finish(), expected);
+  StreamDigest zeros(64 * kib);
+  zeros.add_zeros(200 * kib);
+  StreamDigest zero_bytes(64 * kib);
+  zero_bytes.add(Blob(200 * kib));
+  EXPECT_EQ(zeros.finish(), zero_bytes.finish());
+}
+
 TEST(StateChecksum, OtherExtraDataIsNone) {
   const Blob good = format_checksum({});
   EXPECT_FALSE(parse_checksum({}));

@@ -17,6 +17,7 @@
 
 #include "qcow2/io/memory_backend.h"
 #include "qcow2/io/stream_buffer.h"
+#include "vmstate/aligned_writer.h"
 #include "vmstate/legacy_writer.h"
 #include "vmstate/ram_source.h"
 #include "vmstate/stream_reader.h"
@@ -132,6 +133,22 @@ inline Written write_stream(RamSource &ram, const StreamConfiguration &configura
     bytes.resize(stats->stream_bytes);
   }
   return {std::move(stats), std::move(bytes)};
+}
+
+/// The same in the layout stream-aligned, with what is kept behind the stream.
+inline Written write_aligned(RamSource &ram, const StreamConfiguration &configuration,
+                             std::span<const DeviceSection> devices, uint64_t group_bytes,
+                             size_t buffer_bytes = 1 * mib, const RamHook &hook = {}) {
+  auto backend = std::make_unique<io::MemoryBackend>();
+  io::MemoryBackend &memory = *backend;
+  io::File file(std::move(backend), "memory", 4);
+  auto pool = io::BufferPool::create(3, buffer_bytes);
+  EXPECT_TRUE(pool);
+  IdentityPlacement placement;
+  io::StreamBuffer out(file, *pool, placement);
+  auto stats = write_aligned_stream(out, configuration, ram, qemu_load_order(devices),
+                                    {.group_bytes = group_bytes}, hook);
+  return {std::move(stats), memory.contents()};
 }
 
 /// A stream built by hand.
