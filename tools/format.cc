@@ -56,21 +56,52 @@ std::string format_clock(uint64_t nanos) {
                      nanos / 1000000 % 1000);
 }
 
+namespace {
+
+/// Of the valid UTF-8 character that the text begins with; 0: there is none.
+size_t character_bytes(std::string_view text) {
+  const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned char first = byte(0);
+  const size_t bytes = first < 0x80                     ? 1
+                       : first >= 0xc2 && first <= 0xdf ? 2
+                       : first >= 0xe0 && first <= 0xef ? 3
+                       : first >= 0xf0 && first <= 0xf4 ? 4
+                                                        : 0;
+  if (bytes > text.size()) {
+    return 0;
+  }
+  for (size_t i = 1; i < bytes; ++i) {
+    if ((byte(i) & 0xc0) != 0x80) {
+      return 0;
+    }
+  }
+  // Longer than needed, a surrogate, or past the last character.
+  const bool out_of_range = (first == 0xe0 && byte(1) < 0xa0) ||
+                            (first == 0xed && byte(1) >= 0xa0) ||
+                            (first == 0xf0 && byte(1) < 0x90) || (first == 0xf4 && byte(1) >= 0x90);
+  return out_of_range ? 0 : bytes;
+}
+
+}  // namespace
+
 std::string printable(std::string_view text) {
   std::string shown;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const unsigned char byte = static_cast<unsigned char>(text[i]);
+  while (!text.empty()) {
+    const size_t bytes = character_bytes(text);
+    const unsigned char first = static_cast<unsigned char>(text[0]);
     // In UTF-8 the control characters U+0080 to U+009f are c2 80 to c2 9f.
-    const bool c1 = byte == 0xc2 && i + 1 < text.size() &&
-                    static_cast<unsigned char>(text[i + 1]) >= 0x80 &&
-                    static_cast<unsigned char>(text[i + 1]) < 0xa0;
-    if (c1) {
-      shown += fmt::format("\\xc2\\x{:02x}", static_cast<unsigned char>(text[++i]));
-    } else if (byte < 0x20 || byte == 0x7f) {
-      shown += fmt::format("\\x{:02x}", byte);
+    const bool control =
+        first < 0x20 || first == 0x7f ||
+        (bytes == 2 && first == 0xc2 && static_cast<unsigned char>(text[1]) < 0xa0);
+    const std::string_view character = text.substr(0, bytes == 0 ? 1 : bytes);
+    if (bytes != 0 && !control) {
+      shown += character;
     } else {
-      shown += text[i];
+      for (const char byte : character) {
+        shown += fmt::format("\\x{:02x}", static_cast<unsigned char>(byte));
+      }
     }
+    text.remove_prefix(character.size());
   }
   return shown;
 }

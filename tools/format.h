@@ -26,7 +26,8 @@ std::string format_date(uint32_t unix_seconds);
 /// "0001:02:03.004"
 std::string format_clock(uint64_t nanos);
 
-/// The same text without terminal control characters: each becomes \xNN.
+/// The same text without terminal control characters and bytes that are no UTF-8: each becomes
+/// \xNN.
 std::string printable(std::string_view text);
 
 /// A rate as pv and QEMU take it: bytes, or with K, M, G, T in powers of 1024, a fraction allowed.

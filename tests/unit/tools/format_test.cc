@@ -98,7 +98,21 @@ TEST(Printable, LeavesTextAndEscapesControls) {
   EXPECT_EQ(printable("\xc2\x9b"
                       "2J"),
             "\\xc2\\x9b2J");
-  EXPECT_EQ(printable("\xc2"), "\xc2");
+  // What is no UTF-8: cut short, a byte alone (one control character on a terminal of 8 bits), too
+  // long, a surrogate, past U+10ffff.
+  EXPECT_EQ(printable("\xc2"), "\\xc2");
+  EXPECT_EQ(printable("\x9b"
+                      "2J"),
+            "\\x9b2J");
+  EXPECT_EQ(printable("\xe2\x82"
+                      "a"),
+            "\\xe2\\x82"
+            "a");
+  EXPECT_EQ(printable("\xc0\xaf"), "\\xc0\\xaf");
+  EXPECT_EQ(printable("\xe0\x80\xaf"), "\\xe0\\x80\\xaf");
+  EXPECT_EQ(printable("\xed\xa0\x80"), "\\xed\\xa0\\x80");
+  EXPECT_EQ(printable("\xf4\x90\x80\x80"), "\\xf4\\x90\\x80\\x80");
+  EXPECT_EQ(printable("\xf4\x8f\xbf\xbf"), "\xf4\x8f\xbf\xbf");
   EXPECT_EQ(printable(std::string_view("a\0b", 3)), "a\\x00b");
 }
 
