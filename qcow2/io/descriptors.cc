@@ -9,10 +9,12 @@
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <linux/kcmp.h>
+#include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -456,6 +458,11 @@ Descriptors::~Descriptors() {
       ::close(descriptor);
     }
   }
+}
+
+bool Descriptors::on_fuse() const {
+  struct statfs status = {};
+  return ::fstatfs(any(), &status) == 0 && status.f_type == FUSE_SUPER_MAGIC;
 }
 
 bool Descriptors::takes_direct(const BackendOp &op) const {

@@ -51,6 +51,7 @@ class Descriptors {
   /// The one for what is neither a read nor a write.
   int any() const { return buffered_ >= 0 ? buffered_ : direct_; }
   bool is_block_device() const { return is_block_device_; }
+  bool on_fuse() const;
   /// pread() of anything, aligned or not: a count of bytes, 0 at the end, or -errno.
   int64_t read(void *data, size_t bytes, uint64_t offset) const;
   /// Whether this transfer takes the direct descriptor.

@@ -244,7 +244,9 @@ Result<std::unique_ptr<File>> File::over(Descriptors &&descriptors, const OpenOp
                                          std::string shown_name) {
   const unsigned depth = std::clamp(options.depth, 1U, depth_max);
   std::unique_ptr<Backend> backend;
-  if (options.engine != Engine::threads) {
+  const bool wants_uring = options.engine == Engine::uring ||
+                           (options.engine == Engine::automatic && !descriptors.on_fuse());
+  if (wants_uring) {
     auto uring = UringBackend::create(descriptors, depth);
     if (uring) {
       backend = std::move(*uring);

@@ -36,7 +36,9 @@ namespace qvmstate::io {
 enum class DirectMode { automatic, on, off };
 
 /// What runs the transfers. `automatic`: io_uring, or threads where the kernel refuses it (seccomp,
-/// the io_uring_disabled sysctl, ENOSYS).
+/// the io_uring_disabled sysctl, ENOSYS), and on FUSE: there io_uring with O_DIRECT wrote the rest
+/// of a write that was cut short to the wrong place, and called it complete (seen on Linux 6.18;
+/// not with pwrite).
 enum class Engine { automatic, uring, threads };
 
 struct OpenOptions {
