@@ -38,7 +38,11 @@ BOOT_SECONDS_MAX = 600
 DESCRIPTORS_GROWTH_MAX = 4  # connections that are just being closed
 QEMU_GROWTH_MAX = 16 * MIB
 PROCESS_GROWTH_MAX = 4 * MIB
-IMAGE_GROWTH_MAX = 32 * MIB
+RAM_MIB = 96
+DISK_DATA_MIB = 2 * 256 // 16  # two disks, on which the guest uses 256 clusters of 64 KiB each
+# What the images hold at most: the states, their disks and the active ones. A part more, because
+# clusters that others lie around stay free for a while.
+IMAGES_MAX = (KEPT * RAM_MIB + (KEPT + 1) * DISK_DATA_MIB) * 9 // 8 * MIB
 
 
 class SoakError(Exception):
@@ -52,7 +56,8 @@ class SoakVM(vm.VM):
     guest_mib = 16
 
     def memory_arguments(self):
-        return ["-m", "96M", "-object", "memory-backend-ram,id=mem0,size=96M,prealloc=on",
+        return ["-m", f"{RAM_MIB}M",
+                "-object", f"memory-backend-ram,id=mem0,size={RAM_MIB}M,prealloc=on",
                 "-machine", "memory-backend=mem0"]
 
 
@@ -66,28 +71,32 @@ def require(holds, text):
 
 
 class Figures:
-    """What is measured after each round. The first third of the run says what is normal."""
+    """What is measured after each round. The first third of the run says what is normal for the
+    processes; the images have a bound by what is in them."""
 
     LIMITS = {"descriptors": DESCRIPTORS_GROWTH_MAX, "QEMU": QEMU_GROWTH_MAX,
-              "process": PROCESS_GROWTH_MAX, "images": IMAGE_GROWTH_MAX, "file length": IMAGE_GROWTH_MAX}
+              "process": PROCESS_GROWTH_MAX}
 
     def __init__(self, rounds):
         self.settling = max(2 * KEPT, rounds // 3)
-        self.first = dict.fromkeys(self.LIMITS, 0)
-        self.last = dict.fromkeys(self.LIMITS, 0)
+        self.first = {}
+        self.last = {}
 
     def add(self, number, values):
+        for key in ("images", "file length"):
+            require(values[key] <= IMAGES_MAX,
+                    f"{key}: {values[key]} bytes, at most {IMAGES_MAX} wanted")
         if number <= self.settling:
-            self.first = {key: max(value, values[key]) for key, value in self.first.items()}
+            self.first = {key: max(value, self.first.get(key, 0)) for key, value in values.items()}
             return
-        self.last = {key: max(value, values[key]) for key, value in self.last.items()}
+        self.last = {key: max(value, self.last.get(key, 0)) for key, value in values.items()}
         for key, limit in self.LIMITS.items():
             require(values[key] <= self.first[key] + limit,
                     f"{key} grew from {self.first[key]} to {values[key]}")
 
     def summary(self):
         def pair(key, unit):
-            return f"{self.first[key] / unit:.0f} then {self.last[key] / unit:.0f}"
+            return f"{self.first[key] / unit:.0f} then {self.last.get(key, 0) / unit:.0f}"
         return (f"most in the first {self.settling} rounds and then: QEMU {pair('QEMU', MIB)} MiB, "
                 f"{pair('descriptors', 1)} descriptors; saving process {pair('process', MIB)} MiB; "
                 f"images {pair('images', MIB)} MiB")
