@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstring>
+#include <utility>
 
 #include "qcow2/entries.h"
+#include "qcow2/io/backend.h"
 
 namespace qvmstate::qcow2 {
 namespace {
 
-constexpr uint64_t take_bytes = 4 * mib;     // from the allocator at a time
-constexpr uint64_t pending_bytes = 1 * mib;  // written at a time
+constexpr uint64_t take_bytes = 4 * mib;  // from the allocator at a time
+constexpr size_t buffers = 4;             // one is filled while the others are written
 constexpr uint64_t sector_bytes = 512;
 
 }  // namespace
@@ -19,6 +22,12 @@ CompressedArea::CompressedArea(const Image &image, Allocator &allocator)
       allocator_(allocator),
       cluster_bytes_(image.geometry().cluster_bytes()),
       references_max_(std::max<uint64_t>(1, image.geometry().refcount_max() / 3)) {}
+
+CompressedArea::~CompressedArea() {
+  if (pool_) {
+    (void)image_.file().drain();  // the buffers are being written; what fails was told or is late
+  }
+}
 
 Result<void> CompressedArea::add_zeros() {
   entries_.push_back(entry_zero);
@@ -54,21 +63,54 @@ Result<void> CompressedArea::make_room(uint64_t bytes) {
   if (run_.count > 0 && position_ <= end && bytes <= end - position_) {
     return {};
   }
-  QV_TRY(finish());
+  QV_TRY(end_run());
   QV_ASSIGN(run_, allocator_.take_for_stream(std::max<uint64_t>(1, take_bytes / cluster_bytes_)));
   position_ = run_.first * cluster_bytes_;
-  pending_offset_ = position_;
+  filled_ = position_;
   return {};
 }
 
-Result<void> CompressedArea::put(std::span<const std::byte> bytes) {
-  // What was passed over is written as zeros.
-  pending_.resize(position_ - pending_offset_);
-  pending_.insert(pending_.end(), bytes.begin(), bytes.end());
-  use(position_, bytes.size());
-  position_ += bytes.size();
-  stored_bytes_ += bytes.size();
-  return pending_.size() >= pending_bytes ? flush() : Result<void>();
+Result<void> CompressedArea::put(std::span<const std::byte> stored) {
+  QV_TRY(fill_up_to(position_, nullptr));  // what was passed over
+  QV_TRY(fill_up_to(position_ + stored.size(), stored.data()));
+  use(position_, stored.size());
+  position_ += stored.size();
+  stored_bytes_ += stored.size();
+  return {};
+}
+
+/// With what is at `from`, or zeros.
+Result<void> CompressedArea::fill_up_to(uint64_t offset, const std::byte *from) {
+  while (filled_ < offset) {
+    if (buffer_ == nullptr) {
+      QV_TRY(take_buffer());
+    }
+    const size_t bytes = std::min<uint64_t>(offset - filled_, buffer_->capacity - buffer_->used);
+    std::byte *to = buffer_->data + buffer_->used;
+    if (from == nullptr) {
+      std::memset(to, 0, bytes);
+    } else {
+      std::memcpy(to, from, bytes);
+      from += bytes;
+    }
+    buffer_->used += bytes;
+    filled_ += bytes;
+    if (buffer_->used == buffer_->capacity) {
+      QV_TRY(flush());
+    }
+  }
+  return {};
+}
+
+Result<void> CompressedArea::take_buffer() {
+  if (!pool_) {
+    QV_ASSIGN(pool_, io::BufferPool::create(buffers));
+  }
+  while ((buffer_ = pool_->take()) == nullptr) {
+    QV_ASSIGN(const uint64_t index, image_.file().wait_any());
+    pool_->part_landed(pool_->at(static_cast<unsigned>(index)));
+  }
+  return {};
 }
 
 void CompressedArea::use(uint64_t first_byte, uint64_t bytes) {
@@ -83,21 +125,32 @@ void CompressedArea::use(uint64_t first_byte, uint64_t bytes) {
 }
 
 Result<void> CompressedArea::flush() {
-  if (!pending_.empty()) {
-    QV_TRY(image_.file().write_at(pending_, HostOffset(pending_offset_)));
+  if (buffer_ == nullptr) {
+    return {};
   }
-  pending_.clear();
-  pending_offset_ = position_;
+  io::Buffer &full = *std::exchange(buffer_, nullptr);
+  pool_->send_off(full, 1);
+  return image_.file().start_write(std::span(full.data, full.used), HostOffset(filled_ - full.used),
+                                   io::no_buffer, full.index);
+}
+
+Result<void> CompressedArea::end_run() {
+  const uint64_t used = divide_up(position_, cluster_bytes_);
+  if (run_.count > 0) {
+    QV_TRY(fill_up_to(used * cluster_bytes_, nullptr));  // whole sectors, for O_DIRECT
+    QV_TRY(flush());
+    if (used < run_.end()) {
+      allocator_.give_back({used, run_.end() - used});
+    }
+  }
+  run_ = {};
   return {};
 }
 
 Result<void> CompressedArea::finish() {
-  QV_TRY(flush());
-  const uint64_t used = divide_up(position_, cluster_bytes_);
-  if (run_.count > 0 && used < run_.end()) {
-    allocator_.give_back({used, run_.end() - used});
-  }
-  run_ = {};
+  QV_TRY(end_run());
+  QV_TRY(image_.file().drain());
+  pool_.reset();
   return {};
 }
 

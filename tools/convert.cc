@@ -8,10 +8,15 @@
 
 #include <algorithm>
 #include <chrono>
+#include <future>
+#include <memory>
+#include <optional>
+#include <system_error>
 #include <utility>
 
 #include "qcow2/image_edit.h"
 #include "qcow2/image_set.h"
+#include "qcow2/io/signals.h"
 #include "qcow2/suitability.h"
 #include "tools/commands.h"
 #include "tools/format.h"
@@ -64,34 +69,93 @@ Result<vmstate::StateChecksum> write_plain(qcow2::Image &image, const CheckedSna
   return *stats.checksum;
 }
 
+Result<std::unique_ptr<qcow2::ImageEdit>> begin_edit(qcow2::Image &image, const std::string &name) {
+  const auto index = static_cast<size_t>(qcow2::find_snapshot(image.snapshots(), name));
+  QV_ASSIGN(auto edit, qcow2::ImageEdit::begin(image));
+  QV_TRY(edit->replace_vmstate(index));
+  return edit;
+}
+
+Result<vmstate::CompressedCopy> write_compressed(const qcow2::Image &image,
+                                                 const FoundSnapshot &state, uint64_t stream_bytes,
+                                                 unsigned threads, qcow2::ImageEdit &edit,
+                                                 const vmstate::TransferHook &hook) {
+  QV_ASSIGN(auto opened, state.opener());
+  QV_ASSIGN(const auto source, vmstate::ReadAheadSource::create(std::move(opened)));
+  return vmstate::copy_compressed(*source, stream_bytes, image.header(), edit.compressed_vmstate(),
+                                  threads_or_default(threads), hook);
+}
+
+Result<Converted> commit(qcow2::Image &image, qcow2::ImageEdit &edit, vmstate::Layout layout,
+                         const vmstate::CompressedCopy &copy) {
+  edit.set_added_extra(vmstate::format_checksum(copy.checksum));
+  QV_TRY(image.file().sync());
+  QV_TRY(edit.commit(copy.checksum.stream_bytes));
+  edit.give_back_space();
+  return Converted{layout, copy.checksum.stream_bytes, copy.stored_bytes};
+}
+
 /// One edit.
 Result<Converted> convert_once(qcow2::Image &image, const CheckedSnapshot &state,
                                vmstate::Layout layout, const ConvertCommand &command,
                                bool compress) {
-  Converted converted;
-  converted.layout = layout;
-  const auto index = static_cast<size_t>(qcow2::find_snapshot(image.snapshots(), command.name));
-  QV_ASSIGN(const auto edit, qcow2::ImageEdit::begin(image));
-  QV_TRY(edit->replace_vmstate(index));
-  vmstate::StateChecksum checksum;
+  QV_ASSIGN(const auto edit, begin_edit(image, command.name));
+  vmstate::CompressedCopy copy;
   if (compress) {
-    QV_ASSIGN(auto opened, state.opener());
-    QV_ASSIGN(const auto source, vmstate::ReadAheadSource::create(std::move(opened)));
-    QV_ASSIGN(const vmstate::CompressedCopy copy,
-              vmstate::copy_compressed(*source, state.stream.stream_bytes, image.header(),
-                                       edit->compressed_vmstate(),
-                                       threads_or_default(command.threads), cancel_hook()));
-    checksum = copy.checksum;
-    converted.stored_bytes = copy.stored_bytes;
+    QV_ASSIGN(copy, write_compressed(image, state, state.stream.stream_bytes, command.threads,
+                                     *edit, cancel_hook()));
   } else {
-    QV_ASSIGN(checksum, write_plain(image, state, converted.layout, *edit));
+    QV_ASSIGN(copy.checksum, write_plain(image, state, layout, *edit));
   }
-  edit->set_added_extra(vmstate::format_checksum(checksum));
-  QV_TRY(image.file().sync());
-  QV_TRY(edit->commit(checksum.stream_bytes));
-  edit->give_back_space();
-  converted.stream_bytes = checksum.stream_bytes;
-  return converted;
+  return commit(image, *edit, layout, copy);
+}
+
+/// Looks at a state on a thread of its own. To be had once is_over() or at the end.
+class CheckBeside {
+ public:
+  static Result<CheckBeside> start(const FoundSnapshot &found) {
+    const io::SignalsBlocked blocked;
+    try {
+      return CheckBeside(std::async(std::launch::async, check_snapshot, found));
+    } catch (const std::system_error &error) {
+      return fail(ErrorCode::io, std::string("cannot start a thread: ") + error.what(),
+                  error.code().value());
+    }
+  }
+  bool is_over() const {
+    return result_.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+  }
+  const Result<CheckedSnapshot> &result() const { return result_.get(); }
+
+ private:
+  explicit CheckBeside(std::future<Result<CheckedSnapshot>> result) : result_(result.share()) {}
+  std::shared_future<Result<CheckedSnapshot>> result_;
+};
+
+/// Compresses a state that says how long it is while another thread looks at all of it, and commits
+/// when both are done. Nothing: its pages must be written anew first.
+Result<std::optional<Converted>> compress_as_it_is(qcow2::Image &image, const FoundSnapshot &found,
+                                                   uint64_t stream_bytes, unsigned threads) {
+  QV_ASSIGN(const CheckBeside check, CheckBeside::start(found));
+  QV_ASSIGN(const auto edit, begin_edit(image, found.snapshot->name));
+  const vmstate::TransferHook hook = [&check, cancel = cancel_hook()]() -> Result<void> {
+    QV_TRY(cancel());
+    return check.is_over() && !check.result() ? tl::unexpected(check.result().error())
+                                              : Result<void>();
+  };
+  const auto copy = write_compressed(image, found, stream_bytes, threads, *edit, hook);
+  const Result<CheckedSnapshot> &state = check.result();
+  if (!state) {  // which tells more than a copy that could not be read
+    return tl::unexpected(state.error());
+  }
+  if (!copy) {
+    return tl::unexpected(copy.error());
+  }
+  if (!vmstate::has_plain_pages(state->stream)) {
+    return std::optional<Converted>();
+  }
+  QV_ASSIGN(const Converted converted, commit(image, *edit, state->stream.layout, *copy));
+  return std::optional(converted);
 }
 
 Result<Converted> convert(const ConvertCommand &command) {
@@ -104,7 +168,16 @@ Result<Converted> convert(const ConvertCommand &command) {
                     "`qvmstate resume` on the running VM settles it");
   }
   qcow2::Image &image = opened.image;
-  QV_ASSIGN(CheckedSnapshot state, checked_snapshot(image, command.name));
+  QV_ASSIGN(FoundSnapshot found, found_snapshot(image, command.name));
+  const auto saved = vmstate::parse_checksum(found.snapshot->more_extra);
+  if (command.compress && !command.layout && saved) {
+    QV_ASSIGN(const auto compressed,
+              compress_as_it_is(image, found, saved->stream_bytes, command.threads));
+    if (compressed) {
+      return *compressed;
+    }
+  }
+  QV_ASSIGN(CheckedSnapshot state, check_snapshot(std::move(found)));
   const vmstate::Layout layout = command.layout.value_or(state.stream.layout);
   Converted converted;
   if (!command.compress || layout != state.stream.layout ||

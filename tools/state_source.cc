@@ -15,9 +15,8 @@ namespace qvmstate::tools {
 
 namespace {
 
-Result<std::unique_ptr<io::File>> open_buffered(const std::string &path, bool writable) {
+Result<std::unique_ptr<io::File>> open_buffered(const std::string &path) {
   io::OpenOptions options;
-  options.writable = writable;
   options.direct = io::DirectMode::off;
   return io::File::open(path, options);
 }
@@ -26,7 +25,11 @@ Result<std::unique_ptr<io::File>> open_buffered(const std::string &path, bool wr
 
 Result<OpenImage> open_image(const std::string &path, bool writable, bool locked) {
   OpenImage opened;
-  QV_ASSIGN(opened.file, open_buffered(path, writable));
+  if (writable) {
+    QV_ASSIGN(opened.file, io::File::open(path, {.writable = true}));
+  } else {
+    QV_ASSIGN(opened.file, open_buffered(path));
+  }
   if (locked) {
     const qcow2::LockRole role =
         writable ? qcow2::LockRole::writer : qcow2::LockRole::stable_reader;
@@ -58,7 +61,7 @@ Result<bool> is_migration_file(const StateLocation &location) {
   if (location.offset) {
     return true;
   }
-  QV_ASSIGN(const auto file, open_buffered(location.path, false));
+  QV_ASSIGN(const auto file, open_buffered(location.path));
   std::array<std::byte, 4> magic;
   QV_TRY(file->read_or_zero_at(magic, HostOffset(0)));
   return load_be<uint32_t>(magic.data()) == vmstate::stream_magic;
@@ -74,7 +77,7 @@ Result<StateSource> StateSource::open(const StateLocation &location) {
                               "'{}'",
                               location.path, location.name));
     }
-    QV_ASSIGN(auto file, open_buffered(location.path, false));
+    QV_ASSIGN(auto file, open_buffered(location.path));
     QV_ASSIGN(source.stream_, vmstate::FileSource::create(std::move(file)));
     source.start_ = StreamOffset(location.offset.value_or(0));
     source.name_ = location.path;

@@ -11,21 +11,23 @@
 
 namespace qvmstate::tools {
 
-Result<CheckedSnapshot> checked_snapshot(const qcow2::Image &image, const std::string &name) {
-  CheckedSnapshot state;
+Result<FoundSnapshot> found_snapshot(const qcow2::Image &image, const std::string &name) {
+  FoundSnapshot state;
   QV_ASSIGN(state.snapshot, named_snapshot(image, name));
   state.name = fmt::format("{}: snapshot '{}'", image.name(), name);
   if (state.snapshot->vmstate_bytes == 0) {
     return fail(ErrorCode::not_found, state.name + ": has no VM state, only that of the disk");
   }
-  // Through the page cache, as the image is written: both through one would not mix.
-  io::OpenOptions options;
-  options.direct = io::DirectMode::off;
-  state.opener = [&image, snapshot = state.snapshot,
-                  options]() -> Result<std::unique_ptr<vmstate::StreamSource>> {
-    QV_ASSIGN(auto source, vmstate::SnapshotSource::reopen(image, *snapshot, options));
+  state.opener = [&image,
+                  snapshot = state.snapshot]() -> Result<std::unique_ptr<vmstate::StreamSource>> {
+    QV_ASSIGN(auto source, vmstate::SnapshotSource::reopen(image, *snapshot, {}));
     return std::unique_ptr<vmstate::StreamSource>(std::move(source));
   };
+  return state;
+}
+
+Result<CheckedSnapshot> check_snapshot(FoundSnapshot found) {
+  CheckedSnapshot state{std::move(found), {}};
   qcow2::Findings findings;
   QV_ASSIGN(vmstate::StateCheck check,
             vmstate::check_state(state.opener, vmstate::parse_checksum(state.snapshot->more_extra),
@@ -38,6 +40,11 @@ Result<CheckedSnapshot> checked_snapshot(const qcow2::Image &image, const std::s
   }
   state.stream = std::move(*check.stream);
   return state;
+}
+
+Result<CheckedSnapshot> checked_snapshot(const qcow2::Image &image, const std::string &name) {
+  QV_ASSIGN(FoundSnapshot found, found_snapshot(image, name));
+  return check_snapshot(std::move(found));
 }
 
 Result<std::unique_ptr<vmstate::StoredState>> stored_state(const CheckedSnapshot &state) {

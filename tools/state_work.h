@@ -16,16 +16,24 @@
 
 namespace qvmstate::tools {
 
-struct CheckedSnapshot {
+struct FoundSnapshot {
   const qcow2::Snapshot *snapshot = nullptr;
   vmstate::SourceOpener opener;  ///< further sources of the state; the image must outlive it
+  std::string name;              ///< for messages: the image, and the snapshot in it
+};
+struct CheckedSnapshot : FoundSnapshot {
   vmstate::StreamSummary stream;
-  std::string name;  ///< for messages: the image, and the snapshot in it
 };
 
-/// The named snapshot's state, read once to its end; refuses one without a state, one that is
-/// damaged, and one that has another checksum than it was saved with: what is made from it would
-/// look whole.
+/// The named snapshot; refuses one without a state.
+Result<FoundSnapshot> found_snapshot(const qcow2::Image &image, const std::string &name);
+
+/// Reads its state once to its end; refuses one that is damaged, and one that has another checksum
+/// than it was saved with: what is made from it would look whole. Threads: any, the image must not
+/// be changed by a commit meanwhile.
+Result<CheckedSnapshot> check_snapshot(FoundSnapshot found);
+
+/// Both.
 Result<CheckedSnapshot> checked_snapshot(const qcow2::Image &image, const std::string &name);
 
 /// The state for a writer.

@@ -73,7 +73,21 @@ class Check(BedTest):
                 report = self.check(copy, name, status=1)
                 self.assertEqual(report["result"], "damaged")
                 self.assertEqual(self.states(report), {name: "wrong"})
+                self.refused_and_kept(guest, copy, name)
         os.unlink(copy)
+
+    def refused_and_kept(self, guest, path, name):
+        """A damaged state is not made anew, and no cluster of the image is another one after that."""
+        def metadata():
+            return guest.qemu.img("check", "--output=json", guest.qemu.inner(path)).stdout
+
+        before, size = metadata(), os.path.getsize(path)
+        for options in (["--compress"], ["--layout", "legacy"]):
+            done = self.run_tool("convert", path, name, *options)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("does not have the checksum", done.stderr)
+            self.assertEqual((metadata(), os.path.getsize(path)), (before, size))
+            self.assertEqual(self.states(self.check(path, status=1))[name], "wrong")
 
     def flip_in_state(self, guest, path, name, where):
         """Changes one bit in a cluster of the state, found through its tables."""
