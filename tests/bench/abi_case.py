@@ -1,6 +1,7 @@
 """The C ABI in the benchmark: a host with much RAM (half random, a quarter zero, a quarter like
-text) that saves and loads through the plugin, fio on the same disk before and after each, and the
-same stream written by write(2) in pieces of 32 KiB."""
+text) that saves and loads through the plugin, fio on the same disk before and after each, the same
+stream written by write(2) in pieces of 32 KiB, and how long the kernel alone needs to provide the
+memory that a load into new memory fills."""
 
 import contextlib
 import json
@@ -13,12 +14,13 @@ MIB = 1 << 20
 RATIO_MIN = 0.85
 LAYOUTS = ("legacy", "mapped-ram")
 KEYS = [f"abi-{layout}-{what}" for layout in LAYOUTS for what in ("save", "load", "load-new")]
-KEYS.append("abi-naive")
+KEYS += ["abi-naive", "abi-touch"]
 
 
 def choose(text):
-    """The rows to measure. What is loaded has to be saved first."""
+    """The rows to measure. What is loaded has to be saved first, and new memory be had."""
     chosen = {key for key in KEYS if text in key}
+    chosen |= {"abi-touch" for key in chosen if key.endswith("-new")}
     chosen |= {key.split("-load")[0] + "-save" for key in chosen if "-load" in key}
     return [key for key in KEYS if key in chosen]
 
@@ -66,6 +68,9 @@ class AbiCase:
         """One row: its seconds, bytes, rate, and how the rate compares with fio's around it."""
         layout = "legacy" if "legacy" in key else "mapped-ram"
         image = self.path(f"abi-{layout}.qcow2")
+        if key == "abi-touch":
+            run = self.run_host("touch", "-")
+            return run | {"rate": None, "of_fio": None}
         kind = "read" if "-load" in key else "write"
         mib = self.gib * 1024 * 3 // 4
         before = self.run_fio(kind, mib)
@@ -86,6 +91,10 @@ class AbiCase:
         return run
 
 
+def middle(runs, field):
+    return statistics.median(run[field] for run in runs) if runs else None
+
+
 def measure(bench, rounds, keys, bars, quiet_machine, progress):
     """{key: [a measurement a round]}; prints a table."""
     case = AbiCase(bench, quiet_machine)
@@ -98,15 +107,22 @@ def measure(bench, rounds, keys, bars, quiet_machine, progress):
           f"like text), medians of {rounds} rounds:\n")
     print("|  | seconds | MiB/s | of fio | RAM, GiB/s | CPU s/GiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    touch = middle(runs.get("abi-touch"), "seconds")
     for key, mine in runs.items():
-        seconds, rate, of_fio, cpu = (statistics.median(run[field] for run in mine)
-                                      for field in ("seconds", "rate", "of_fio", "cpu"))
+        seconds, cpu = middle(mine, "seconds"), middle(mine, "cpu")
+        if key == "abi-touch":
+            print(f"| touching as much new memory, two threads, no transfer | {seconds:.2f} | | | "
+                  f"{case.gib / seconds:.2f} | {cpu / case.gib:.2f} |")
+            continue
+        rate, of_fio = middle(mine, "rate"), middle(mine, "of_fio")
         title = ("`write(2)` of the legacy stream, 32 KiB each" if key == "abi-naive" else
                  key.removeprefix("abi-").replace("-save", ", save")
                  .replace("-load", ", load").replace("-new", " into untouched memory"))
         print(f"| {title} | {seconds:.2f} | {rate / MIB:.0f} | {100 * of_fio:.0f} % | "
               f"{case.gib / seconds:.2f} | {cpu / case.gib:.2f} |")
         if key != "abi-naive":
+            limit = (f"; the kernel alone takes {touch:.2f} s for that memory, this {seconds:.2f} s"
+                     if touch and key.endswith("-new") else "")
             bars.add(of_fio >= RATIO_MIN, f"C ABI, {title}: {100 * of_fio:.0f} % of fio, at least "
-                     f"{100 * RATIO_MIN:.0f} % wanted")
+                     f"{100 * RATIO_MIN:.0f} % wanted{limit}")
     return runs

@@ -3,6 +3,8 @@
  *   abi_host PLUGIN save IMAGE GIB legacy|mapped-ram    into snapshot "bench"
  *   abi_host PLUGIN load IMAGE GIB                      from there; fails if RAM is not the same
  *   abi_host PLUGIN load IMAGE GIB new                  into RAM that was never touched before
+ *   abi_host PLUGIN touch - GIB                         a byte a page of as much RAM as is loaded, by
+ *                                                       two threads: what the kernel needs for it
  *   abi_host PLUGIN naive FILE GIB                      the legacy layout's records of RAM, written
  *                                                       by write(2) in pieces of 32 KiB, and fsync
  *
@@ -11,6 +13,7 @@
 #include <dlfcn.h>
 #include <endian.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,6 +134,33 @@ static int naive(const char *path, const struct qvmstate_ram_block *ram, uint64_
   return fsync(file) || close(file);
 }
 
+struct half {
+  unsigned char *ram;
+  uint64_t bytes;
+};
+
+static void *touch_half(void *opaque) {
+  const struct half *half = opaque;
+  for (uint64_t at = 0; at < half->bytes; at += page) {
+    if (at / region % 4 != 1) { /* where no zero pages are loaded */
+      half->ram[at] = 1;
+    }
+  }
+  return NULL;
+}
+
+static int touch(const struct qvmstate_ram_block *ram) {
+  unsigned char *data = ram->address;
+  struct half halves[2] = {{data, ram->bytes / 2}, {data + ram->bytes / 2, ram->bytes / 2}};
+  pthread_t second;
+  if (pthread_create(&second, NULL, touch_half, &halves[1])) {
+    fprintf(stderr, "abi_host: touch: cannot start a thread\n");
+    return 1;
+  }
+  touch_half(&halves[0]);
+  return pthread_join(second, NULL);
+}
+
 static int check(const struct qvmstate_ram_block *ram) {
   unsigned char expected[page];
   for (uint64_t number = 0; number < ram->bytes / page; ++number) {
@@ -149,9 +179,10 @@ int main(int argc, char **argv) {
   uint64_t written = 0;
   double begin, seconds, cpu;
   int failed, is_load = argc >= 5 && strcmp(argv[2], "load") == 0;
+  int is_touch = argc == 5 && strcmp(argv[2], "touch") == 0;
   void *library = argc >= 5 ? dlopen(argv[1], RTLD_NOW) : NULL;
   if (library == NULL) {
-    fprintf(stderr, "usage: abi_host PLUGIN save|load|naive FILE GIB [LAYOUT|new]\n");
+    fprintf(stderr, "usage: abi_host PLUGIN save|load|touch|naive FILE GIB [LAYOUT|new]\n");
     return 2;
   }
   *(void **)&get_api = dlsym(library, QVMSTATE_ENTRY);
@@ -165,7 +196,7 @@ int main(int argc, char **argv) {
   if (is_load && argc == 5) {
     memset(ram.address, 0xa5, ram.bytes); /* what the guest had before */
   }
-  for (uint64_t number = 0; number < ram.bytes / page && !is_load; ++number) {
+  for (uint64_t number = 0; number < ram.bytes / page && !is_load && !is_touch; ++number) {
     make_page(number, (unsigned char *)ram.address + number * page);
   }
   puts("ready");
@@ -175,6 +206,8 @@ int main(int argc, char **argv) {
   cpu = now(CLOCK_PROCESS_CPUTIME_ID);
   if (is_load) {
     failed = load(argv[3], &ram);
+  } else if (is_touch) {
+    failed = touch(&ram);
   } else if (argc == 6) {
     failed = save(argv[3], argv[5], &ram, &written);
   } else {
