@@ -269,7 +269,7 @@ class VM:
     def quit(self):
         """Ends QEMU in good order, so that its images are as it leaves them: clean."""
         try:
-            self.qmp.execute("quit")
+            self.qmp.execute("quit", timeout=30)
             self.process.wait(timeout=30)
         except (TimeoutError, subprocess.TimeoutExpired):
             if self.qemu.version >= (8,):
