@@ -31,10 +31,15 @@ constexpr bool is_page(uint64_t flags) {
   }
 }
 
+bool is_in_block(const StreamBlock &block, uint64_t offset, uint64_t page_bytes) {
+  return offset < block.used_bytes && block.used_bytes - offset >= page_bytes;
+}
+
 }  // namespace
 
 bool RamRecords::set_page_bytes(uint64_t bytes) {
-  if (!std::has_single_bit(bytes) || bytes < page_bytes_min || bytes > page_bytes_max) {
+  if (!std::has_single_bit(bytes) || bytes < page_bytes_min || bytes > page_bytes_max ||
+      (pages_begun_ && bytes != summary_.page_bytes)) {
     return false;
   }
   summary_.page_bytes = bytes;
@@ -44,10 +49,11 @@ bool RamRecords::set_page_bytes(uint64_t bytes) {
 
 Result<void> RamRecords::read_body() {
   for (;;) {
-    if (!knows_page_bytes_) {
+    if (!pages_begun_) {
       QV_ASSIGN(const auto next, cursor_.peek(8));
       if (is_page(load_be<uint64_t>(next.data()) & flags_mask)) {
-        QV_TRY(find_page_bytes());
+        QV_TRY(knows_page_bytes_ ? Result<void>() : find_page_bytes());
+        QV_TRY(begin_pages());
       }
     }
     QV_ASSIGN(const uint64_t word, cursor_.take_integer<uint64_t>());
@@ -64,6 +70,19 @@ Result<void> RamRecords::read_body() {
       return refuse_flags(flags);
     }
   }
+}
+
+Result<void> RamRecords::finish() {
+  return summary_.blocks.empty() ? Result<void>() : begin_pages();
+}
+
+/// From here on the size of pages is what it is.
+Result<void> RamRecords::begin_pages() {
+  if (pages_begun_) {
+    return {};
+  }
+  pages_begun_ = true;
+  return hooks_.blocks ? hooks_.blocks(summary_) : Result<void>();
 }
 
 Result<void> RamRecords::refuse_flags(uint64_t flags) const {
@@ -102,10 +121,11 @@ Result<void> RamRecords::read_block_list(uint64_t total_bytes) {
       QV_TRY(read_mapped_header(block));
     }
   }
-  if (hooks_.blocks) {
-    QV_TRY(hooks_.blocks(summary_));
+  if (summary_.layout != Layout::mapped_ram) {
+    return {};
   }
-  return summary_.layout == Layout::mapped_ram ? read_mapped_pages() : Result<void>{};
+  QV_TRY(begin_pages());
+  return read_mapped_pages();
 }
 
 /// Only blocks of host pages other than the usual ones have this word. What else can follow begins
@@ -216,7 +236,7 @@ Result<void> RamRecords::read_page(uint64_t flags, uint64_t offset) {
     return cursor_.bad("a page of an unknown RAM block");
   }
   StreamBlock &block = summary_.blocks[block_];
-  if (offset >= block.used_bytes || block.used_bytes - offset < summary_.page_bytes) {
+  if (!is_in_block(block, offset, summary_.page_bytes)) {
     return cursor_.bad("a page past the end of RAM block \"" + block.idstr + "\"");
   }
   QV_ASSIGN(const Encoded encoded, take_encoded(flags & ~ram_continue));
@@ -324,7 +344,7 @@ RamRecords::Walk RamRecords::walk_records(std::span<const std::byte> ahead,
       block = found == block_by_idstr_.end() ? no_block : found->second;
       at += 1 + static_cast<size_t>(ahead[at]);
     }
-    if (block == no_block || word - flags >= summary_.blocks[block].used_bytes) {
+    if (block == no_block || !is_in_block(summary_.blocks[block], word - flags, page_bytes)) {
       walk.fits = false;
       break;
     }

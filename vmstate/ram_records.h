@@ -26,15 +26,18 @@ class RamRecords {
              const StreamHooks &hooks)
       : source_(source), cursor_(cursor), summary_(summary), hooks_(hooks) {}
 
-  /// What was said about the target's pages, before RAM; otherwise it is found out. False: no size
-  /// that a page can have.
+  /// What was said about the target's pages, before the first one; otherwise it is found out. False:
+  /// no size that a page can have, or another one than the pages had so far.
   bool set_page_bytes(uint64_t bytes);
   /// The stream was made with postcopy allowed: blocks of large host pages say so.
   void expect_host_page_bytes(uint64_t mask) { host_page_bytes_mask_ = mask; }
   /// Records up to the end mark of one section.
   Result<void> read_body();
+  /// The stream has ended.
+  Result<void> finish();
 
  private:
+  Result<void> begin_pages();
   Result<void> refuse_flags(uint64_t flags) const;
   Result<void> read_block_list(uint64_t total_bytes);
   Result<void> read_host_page_bytes();
@@ -62,6 +65,7 @@ class RamRecords {
   static constexpr size_t no_block = SIZE_MAX;
   size_t block_ = no_block;  ///< of the record before, for CONTINUE
   bool knows_page_bytes_ = false;
+  bool pages_begun_ = false;
   uint64_t host_page_bytes_mask_ = 0;
   std::vector<std::byte> piece_;  ///< pages that do not stand in the stream as they are
 };

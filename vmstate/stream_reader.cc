@@ -55,6 +55,7 @@ class Reader {
       const auto type = static_cast<uint8_t>(next[0]);
       if (type == section_eof) {
         cursor_.skip(1);
+        QV_TRY(ram_.finish());
         QV_TRY(read_vmdescription());
         summary_.stream_bytes = StreamOffset(cursor_.tell()) - start_;
         return std::move(summary_);

@@ -106,5 +106,28 @@ TEST(StateCheck, PagesWithoutARecordAreTold) {
             std::string::npos);
 }
 
+TEST(StateCheck, PagesOfASizeThatIsFoundOut) {
+  for (const uint64_t page_bytes : {1024U, 8192U}) {
+    for (const uint64_t left_out : {uint64_t{0}, uint64_t{1}}) {
+      const uint64_t pages = 4 * mib / page_bytes;
+      test::Bytes stream;
+      stream.u32(0x5145564d).u32(3);      // file header
+      stream.u8(7).u32(5).text("sun4u");  // configuration
+      stream.u8(1).u32(2).u8(3).text("ram").u32(0).u32(4);
+      stream.u64(4 * mib | 4).u8(1).text("m").u64(4 * mib);
+      for (uint64_t i = left_out; i < pages; ++i) {
+        stream.u64(i * page_bytes | 8).u8(1).text("m").fill(page_bytes, 1);
+      }
+      stream.u64(0x10).u8(0x7e).u32(2).u8(0);
+      const Outcome outcome = run(stream.done(), {});
+      ASSERT_TRUE(outcome.check);
+      EXPECT_EQ(outcome.findings.list().size(), left_out) << page_bytes;
+      for (const qcow2::Finding &finding : outcome.findings.list()) {
+        EXPECT_NE(finding.message.find("'m': 1 pages have no record"), std::string::npos);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace qvmstate::vmstate

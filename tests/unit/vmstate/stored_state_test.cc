@@ -175,6 +175,28 @@ TEST(StoredState, IsTheSameInEachLayout) {
   }
 }
 
+// Streams of old machine types do not say how large pages are before the first one comes.
+TEST(StoredState, PagesOfASizeThatIsFoundOut) {
+  for (const uint64_t page_bytes : {1024U, 8192U}) {
+    Bytes stream = head_of_one_block(16);
+    const uint64_t pages = 16 * page / page_bytes;
+    for (uint64_t i = 0; i < pages; ++i) {
+      stream.u64(i * page_bytes | 8).u8(1).text("m").fill(page_bytes, static_cast<uint8_t>(i + 1));
+    }
+    stream.u64(0x10).u8(0x7e).u32(ram_id).u8(0);
+    const auto state = StoredState::open(opener_of(stream.done()));
+    ASSERT_TRUE(state) << state.error().message;
+    EXPECT_EQ((*state)->summary().page_bytes, page_bytes);
+    const auto ram = (*state)->ram();
+    ASSERT_TRUE(ram);
+    for (uint64_t i = 0; i < pages; ++i) {
+      Blob read(page_bytes);
+      ASSERT_TRUE((*ram)->read_pages(0, i * page_bytes, 1, page_bytes, read.data(), page_bytes));
+      EXPECT_EQ(read, Blob(page_bytes, static_cast<std::byte>(i + 1))) << i;
+    }
+  }
+}
+
 TEST(StoredState, EncodedPagesBecomePlainOnes) {
   Blob memory;
   const Blob original = encoded(memory);

@@ -251,6 +251,68 @@ TEST(StreamVariants, PagesOfOtherTargets) {
   }
 }
 
+// Whoever makes a table of the pages does it when it is told of the blocks.
+TEST(StreamVariants, BlocksAreToldWithTheSizeOfPages) {
+  for (const uint64_t page_bytes : {1024U, 4096U, 8192U}) {
+    Bytes records;
+    for (uint64_t i = 0; i < 20; ++i) {
+      records.u64(i * page_bytes | 0x08).u8(1).text("m").fill(page_bytes, 1);
+    }
+    const Bytes stream = stream_of(records, 20 * page_bytes, head("sun4u"));
+    BlobSource source(stream.done());
+    std::vector<uint64_t> told;
+    size_t pages = 0;
+    StreamHooks hooks;
+    hooks.blocks = [&](const StreamSummary &so_far) -> Result<void> {
+      EXPECT_EQ(so_far.blocks.size(), 1U);
+      EXPECT_EQ(pages, 0U);
+      told.push_back(so_far.page_bytes);
+      return {};
+    };
+    hooks.page = [&](size_t, uint64_t, uint64_t, std::span<const std::byte>) {
+      ++pages;
+      return Result<void>();
+    };
+    const auto summary = read_stream(source, {}, hooks);
+    ASSERT_TRUE(summary) << summary.error().message;
+    EXPECT_EQ(told, std::vector<uint64_t>{page_bytes});
+    EXPECT_EQ(pages, 20U);
+  }
+}
+
+TEST(StreamVariants, BlocksAreToldWithoutAnyPage) {
+  const Bytes stream = stream_of(Bytes(), 8192);
+  BlobSource source(stream.done());
+  size_t told = 0;
+  StreamHooks hooks;
+  hooks.blocks = [&](const StreamSummary &) -> Result<void> {
+    ++told;
+    return {};
+  };
+  ASSERT_TRUE(read_stream(source, {}, hooks));
+  EXPECT_EQ(told, 1U);
+}
+
+TEST(StreamVariants, TheSizeOfPagesStays) {
+  for (const uint64_t page_bytes : {1024U, 4096U}) {
+    Bytes bytes = head();
+    ram_start(bytes, 0x2000).u8(1).text("m").u64(0x2000);
+    ram_body_end(bytes);
+    bytes.u8(0x02).u32(2).blob(first_page().done());
+    ram_body_end(bytes);
+    bytes.u8(0x08).u16(3).u16(16).u64(0x1000).u64(page_bytes);  // advise, too late
+    bytes.u8(0x03).u32(2).u64(0x1008).u8(1).text("m").fill(page_bytes, 0x22);
+    ram_body_end(bytes);
+    bytes.u8(0x00);
+    const Loaded loaded = load(bytes);
+    EXPECT_EQ(loaded.summary.has_value(), page_bytes == 4096);
+    if (!loaded.summary) {
+      EXPECT_EQ(loaded.summary.error().code, ErrorCode::bad_stream);
+      EXPECT_NE(loaded.summary.error().message.find("1024 bytes"), std::string::npos);
+    }
+  }
+}
+
 TEST(StreamVariants, SharedMemoryThatIsLeftOut) {
   Bytes bytes = head();
   bytes.u8(0x05).u8(26).text("configuration/capabilities").u32(1).u32(1);
