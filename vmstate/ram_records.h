@@ -26,8 +26,8 @@ class RamRecords {
              const StreamHooks &hooks)
       : source_(source), cursor_(cursor), summary_(summary), hooks_(hooks) {}
 
-  /// What was said about the target's pages, before the first one; otherwise it is found out. False:
-  /// no size that a page can have, or another one than the pages had so far.
+  /// What was said about the target's pages, before the first one; otherwise it is found out.
+  /// False: no size that a page can have, or another one than the pages had so far.
   bool set_page_bytes(uint64_t bytes);
   /// The stream was made with postcopy allowed: blocks of large host pages say so.
   void expect_host_page_bytes(uint64_t mask) { host_page_bytes_mask_ = mask; }

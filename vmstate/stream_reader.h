@@ -61,8 +61,8 @@ struct StreamSummary {
 using PageHook = std::function<Result<void>(size_t block, uint64_t offset, uint64_t page_bytes,
                                             std::span<const std::byte> data)>;
 
-/// Called once, as soon as the RAM blocks and the size of pages are known, and before any page: with
-/// what was read so far. In a legacy stream that is where the first page comes.
+/// Called once, as soon as the RAM blocks and the size of pages are known, and before any page:
+/// with what was read so far. In a legacy stream that is where the first page comes.
 using BlocksHook = std::function<Result<void>(const StreamSummary &so_far)>;
 
 /// Asks what a page holds by the records so far; `to` is as long as the page and full of zeros.
