@@ -14,7 +14,6 @@ namespace {
 constexpr size_t free_runs_max = 65536;
 // The stream takes free runs from this size on: smaller ones would break its 1 MiB writes apart.
 constexpr uint64_t stream_run_bytes_min = 1 * mib;
-constexpr uint64_t stream_alignment_bytes = 4096;
 constexpr uint64_t scan_piece_bytes = 256 * kib;
 constexpr uint64_t zeros_bytes = 1 * mib;  // written at a time where no hole can be punched
 constexpr uint64_t grow_step_bytes_max = 4 * gib;
@@ -234,10 +233,11 @@ Result<ClusterRun> Allocator::take(uint64_t count) {
   return take_tail(count, Growth::ahead);
 }
 
-Result<ClusterRun> Allocator::take_for_stream(uint64_t count, Growth growth) {
+Result<ClusterRun> Allocator::take_for_stream(uint64_t count, Growth growth,
+                                              uint64_t alignment_bytes) {
   assert(count > 0);
   const Geometry &geometry = image_->geometry();
-  const uint64_t unit = std::max<uint64_t>(1, stream_alignment_bytes / geometry.cluster_bytes());
+  const uint64_t unit = std::max<uint64_t>(1, alignment_bytes / geometry.cluster_bytes());
   const uint64_t wanted = round_up(count, unit);
   const uint64_t run_min = std::max(unit, stream_run_bytes_min / geometry.cluster_bytes());
 

@@ -40,8 +40,9 @@ class Allocator {
   Result<ClusterRun> take(uint64_t count);
   /// 1 to `count` clusters, for the stream: from free runs of at least stream_run_bytes_min, then
   /// past the end, and only on a device that is full from smaller ones. Starts and ends at
-  /// multiples of 4096 bytes, so that O_DIRECT never shares a page with metadata.
-  Result<ClusterRun> take_for_stream(uint64_t count, Growth growth = Growth::ahead);
+  /// multiples of `alignment_bytes`, so that O_DIRECT never shares a page with metadata.
+  Result<ClusterRun> take_for_stream(uint64_t count, Growth growth = Growth::ahead,
+                                     uint64_t alignment_bytes = 4096);
   /// Makes taken clusters read as zeros: punches, or where that cannot be done writes them. Those
   /// past the file's former end are holes already.
   Result<void> make_zero(const ClusterRun &run);

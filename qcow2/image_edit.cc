@@ -381,6 +381,14 @@ Result<void> ImageEdit::replace_vmstate(size_t index) {
   assert(!added_);
   const Snapshot &snapshot = image_.snapshots()[index];
   QV_TRY(drop_l1(snapshot, image_.geometry().vmstate_l1_index(snapshot.disk_bytes)));
+  take_out(index);
+  removed_any_ = true;
+  return {};
+}
+
+/// The snapshot will be added again, changed, in its place.
+void ImageEdit::take_out(size_t index) {
+  const Snapshot &snapshot = image_.snapshots()[index];
   const auto found = std::find(original_index_.begin(), original_index_.end(), index);
   assert(found != original_index_.end());
   added_position_ = static_cast<size_t>(found - original_index_.begin());
@@ -389,8 +397,88 @@ Result<void> ImageEdit::replace_vmstate(size_t index) {
   added_ = snapshot;
   disk_l1_ = snapshot.l1_offset;
   disk_l1_entries_ = snapshot.l1_entries;
-  removed_any_ = true;
+}
+
+Result<void> ImageEdit::reserve_vmstate(uint64_t bytes) {
+  assert(added_);
+  reserved_ = true;
+  return area_.reserve(bytes);
+}
+
+Result<void> ImageEdit::keep_reserved(size_t index, const std::string &name,
+                                      uint64_t vmstate_bytes) {
+  assert(!added_);
+  const Snapshot &snapshot = image_.snapshots()[index];
+  QV_TRY(keep_tables(snapshot, image_.geometry().clusters_for(vmstate_bytes)));
+  take_out(index);
+  added_->name = name;
+  reserved_ = true;
   return {};
+}
+
+// Of the L2 tables of the snapshot's vmstate those of its first clusters; the others and the L1,
+// which write_added_l1() writes anew, are dropped. What is dropped the active disk never used, so
+// that its COPIED flags stay right.
+Result<void> ImageEdit::keep_tables(const Snapshot &snapshot, uint64_t clusters) {
+  const Geometry &geometry = image_.geometry();
+  const uint64_t per_table = geometry.l2_entries();
+  const uint64_t first = geometry.vmstate_l1_index(snapshot.disk_bytes);
+  const auto missing = [&] {
+    return fail(ErrorCode::bad_image, image_.name() + ": snapshot '" + snapshot.name +
+                                          "' no longer has all clusters that were reserved for "
+                                          "it; save again");
+  };
+  std::vector<uint64_t> piece;
+  uint64_t tables = 0;
+  uint64_t seen_clusters = 0;
+  for (uint64_t at = first; at < snapshot.l1_entries; at += piece.size()) {
+    QV_TRY(read_l1_piece(snapshot.l1_offset, snapshot.l1_entries, at, piece, tables));
+    for (const uint64_t entry : piece) {
+      const bool there = (entry & host_offset_mask) != 0;
+      if (seen_clusters >= clusters) {
+        QV_TRY(there ? drop_table(entry) : Result<void>());
+      } else if (!there) {
+        return missing();
+      } else if (clusters - seen_clusters < per_table) {
+        QV_TRY(keep_part(entry, clusters - seen_clusters));
+      } else {
+        note_vmstate_table(geometry.cluster_of(HostOffset(entry & host_offset_mask)));
+      }
+      seen_clusters += per_table;
+    }
+  }
+  if (seen_clusters < clusters) {
+    return missing();
+  }
+  return refcounts_.dereference(geometry.cluster_of(snapshot.l1_offset),
+                                geometry.l1_clusters(snapshot.l1_entries));
+}
+
+// A copy of an L2 table with its first clusters alone.
+Result<void> ImageEdit::keep_part(uint64_t l1_entry, uint64_t clusters) {
+  const Geometry &geometry = image_.geometry();
+  std::vector<std::byte> kept(geometry.cluster_bytes());
+  QV_TRY(image_.read_l2(l1_entry, kept));
+  const auto border = kept.begin() + static_cast<ptrdiff_t>(clusters * geometry.l2_entry_bytes());
+  std::vector<std::byte> dropped(kept.size());
+  std::copy(border, kept.end(), dropped.begin() + (border - kept.begin()));
+  std::fill(border, kept.end(), std::byte{0});
+  QV_TRY(visit_clusters(dropped, [&](uint64_t first, uint64_t count, bool) {
+    return refcounts_.dereference(first, count);
+  }));
+  QV_TRY(refcounts_.dereference(geometry.cluster_of(HostOffset(l1_entry & host_offset_mask)), 1));
+  QV_ASSIGN(const ClusterRun table, allocator_.take(1));
+  QV_TRY(refcounts_.claim(table, 1));
+  note_vmstate_table(table.first);
+  return image_.file().write_at(kept, geometry.host_offset(table.first));
+}
+
+void ImageEdit::note_vmstate_table(uint64_t cluster) {
+  if (!vmstate_tables_.empty() && vmstate_tables_.back().end() == cluster) {
+    ++vmstate_tables_.back().count;
+  } else {
+    vmstate_tables_.push_back({cluster, 1});
+  }
 }
 
 void ImageEdit::set_added_extra(std::vector<std::byte> more_extra) {
@@ -460,11 +548,7 @@ Result<void> ImageEdit::write_vmstate_tables() {
     QV_ASSIGN(const ClusterRun table, allocator_.take(1));
     QV_TRY(refcounts_.claim(table, 1));
     QV_TRY(image_.file().write_at(l2, geometry.host_offset(table.first)));
-    if (!vmstate_tables_.empty() && vmstate_tables_.back().end() == table.first) {
-      ++vmstate_tables_.back().count;
-    } else {
-      vmstate_tables_.push_back(table);
-    }
+    note_vmstate_table(table.first);
   }
   return {};
 }
@@ -531,7 +615,7 @@ Result<void> ImageEdit::write_snapshot_table() {
 
 Result<void> ImageEdit::commit(uint64_t vmstate_bytes) {
   assert(!finished_);
-  assert((vmstate_bytes == 0) == (vmstate_clusters() == 0));
+  assert(reserved_ || (vmstate_bytes == 0) == (vmstate_clusters() == 0));
   io::File &file = image_.file();
 
   // 1. All that the new header will point at, in clusters that the old image calls free.

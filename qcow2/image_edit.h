@@ -12,6 +12,11 @@
 // one is added (its disk part is done there, which can refuse), the stream into vmstate(), commit.
 // abort() or the destructor undoes what was written, if commit() did not get to its header write.
 //
+// A stream that is written while QEMU uses the image takes two edits. The first adds the snapshot
+// with clusters reserved for it, mapped, and a vmstate of 0 bytes, which QEMU takes for one of the
+// disk alone; QEMU's allocator leaves these clusters alone. The second (keep_reserved) gives the
+// snapshot its name and size, and frees the clusters that the stream did not need.
+//
 // The image must be ours: its locks are held and nobody else writes it. Threads: one at a time.
 #pragma once
 
@@ -61,6 +66,12 @@ class ImageEdit {
   /// The snapshot keeps its disk, id, name, date, clock and extra data; its VM state becomes what
   /// is written to vmstate() or compressed_vmstate(). At most one, in place of add_snapshot.
   Result<void> replace_vmstate(size_t index);
+  /// For a stream that is written after the commit, which is then given 0 bytes.
+  Result<void> reserve_vmstate(uint64_t bytes);
+  const std::vector<AreaRun> &reserved() const { return area_.runs(); }
+  /// The snapshot, of which clusters were reserved, becomes `name` with the first `vmstate_bytes`
+  /// of them, in place of add_snapshot. The commit is given the same number.
+  Result<void> keep_reserved(size_t index, const std::string &name, uint64_t vmstate_bytes);
   const std::string &added_id() const { return added_->id; }
   /// For the stream of the added snapshot. Not used: a snapshot of the disk alone.
   VmstateArea &vmstate() { return area_; }
@@ -93,6 +104,10 @@ class ImageEdit {
   Result<void> refresh_copied_flags();
   Result<ClusterRun> begin_active_l1();
   Result<void> write_l1(HostOffset l1, uint64_t first, std::span<const uint64_t> entries);
+  void take_out(size_t index);
+  Result<void> keep_tables(const Snapshot &snapshot, uint64_t clusters);
+  Result<void> keep_part(uint64_t l1_entry, uint64_t clusters);
+  void note_vmstate_table(uint64_t cluster);
   uint64_t vmstate_clusters() const;
   Result<void> hold_table(uint64_t l1_entry, std::span<uint64_t> clusters);
   Result<void> claim_vmstate();
@@ -116,6 +131,7 @@ class ImageEdit {
   HostOffset active_l1_;                    // as it will be
   HostOffset table_offset_;                 // of the new snapshot table
   bool removed_any_ = false;
+  bool reserved_ = false;  // the stream comes, or came, between two edits
   bool committed_ = false;
   bool finished_ = false;  // committed or undone
 };

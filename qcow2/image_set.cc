@@ -12,7 +12,8 @@ namespace {
 
 constexpr std::string_view new_mark = ".new-";
 constexpr std::string_view old_mark = ".old-";
-// Begins the extra data of a NAME.new-ID; QEMU keeps extra data it does not know.
+constexpr std::string_view reserved_mark = ".saving";
+// Begins the extra data of a NAME.new-ID or NAME.saving; QEMU keeps extra data it does not know.
 constexpr std::string_view saving_mark = "qvmstate: saving";
 
 // Interrupted saves that one recovery settles. One goes before the next save begins, so that an
@@ -58,6 +59,20 @@ std::vector<std::byte> with_saving_mark(std::vector<std::byte> extra) {
   return extra;
 }
 
+bool is_same(const Snapshot &a, const Snapshot &b) {
+  return a.id == b.id && a.l1_offset == b.l1_offset && same_moment(a, b) && has_saving_mark(a);
+}
+
+Result<void> check_not_taken(const Image &image, const std::string &taken,
+                             const std::string &name) {
+  if (find_snapshot(image.snapshots(), taken) >= 0) {
+    return fail(ErrorCode::exists, image.name() + ": a snapshot named '" + taken +
+                                       "' is in the way of saving '" + name +
+                                       "'; delete it or save under another name");
+  }
+  return {};
+}
+
 // One switch that gives `from` its final name (and takes its mark off) and removes `remove`, where
 // present.
 Result<void> rename_and_remove(Image &image, const std::string &from, const std::string &to,
@@ -82,19 +97,47 @@ Result<void> rename_and_remove(Image &image, const std::string &from, const std:
   return edit->commit(0);
 }
 
+std::string reserved_name(const std::string &name) {
+  return name + std::string(reserved_mark);
+}
+
+/// Removes what reserve_set() added for `name`, where it is there, and gives its space back.
+Result<void> remove_reserved(Image &image, const std::string &name) {
+  const std::vector<Snapshot> &all = image.snapshots();
+  const auto found = std::ranges::find_if(all, [&](const Snapshot &snapshot) {
+    return snapshot.name == reserved_name(name) && has_saving_mark(snapshot);
+  });
+  if (found == all.end()) {
+    return {};
+  }
+  QV_ASSIGN(auto edit, ImageEdit::begin(image));
+  QV_TRY(edit->remove_snapshot(static_cast<size_t>(found - all.begin())));
+  QV_TRY(edit->commit(0));
+  edit->give_back_space();
+  return {};
+}
+
 // What recover_set finds in one image: an interrupted save.
 struct Interrupted {
   Image *image;
-  MarkedName mark;
-  bool finish;  ///< the image with the vmstate holds the new snapshot
+  MarkedName mark;  ///< without id: a reservation
+  bool finish;      ///< the image with the vmstate holds the new snapshot
 };
 
 std::vector<Interrupted> find_interrupted(const std::vector<Image *> &images) {
   std::vector<Interrupted> found;
   for (Image *image : images) {
     for (const Snapshot &snapshot : image->snapshots()) {
+      if (!has_saving_mark(snapshot)) {
+        continue;
+      }
+      if (snapshot.name.ends_with(reserved_mark)) {
+        const size_t bytes = snapshot.name.size() - reserved_mark.size();
+        found.push_back({image, {snapshot.name.substr(0, bytes), {}}, false});
+        continue;
+      }
       const auto mark = marked(snapshot.name, new_mark);
-      if (!mark || !has_saving_mark(snapshot)) {
+      if (!mark) {
         continue;
       }
       bool finish = false;
@@ -112,6 +155,9 @@ std::vector<Interrupted> find_interrupted(const std::vector<Image *> &images) {
 }
 
 Result<void> settle(const Interrupted &save) {
+  if (save.mark.id.empty()) {
+    return remove_reserved(*save.image, save.mark.name);
+  }
   const std::string new_name = join(save.mark.name, new_mark, save.mark.id);
   const std::string old_name = join(save.mark.name, old_mark, save.mark.id);
   return save.finish ? rename_and_remove(*save.image, new_name, save.mark.name, old_name)
@@ -121,17 +167,17 @@ Result<void> settle(const Interrupted &save) {
 }  // namespace
 
 Result<void> check_save_name(const std::vector<Image *> &images, const std::string &name,
-                             bool replace) {
-  if (images.size() > 1 && name.size() > set_name_bytes_max) {
+                             bool replace, SaveSteps steps) {
+  if ((images.size() > 1 || steps == SaveSteps::two) && name.size() > set_name_bytes_max) {
     return fail(ErrorCode::bad_argument, "snapshot name '" + name + "': is longer than " +
                                              std::to_string(set_name_bytes_max) +
                                              " bytes; choose a shorter one");
   }
-  if (marked(name, new_mark) || marked(name, old_mark)) {
+  if (marked(name, new_mark) || marked(name, old_mark) || name.ends_with(reserved_mark)) {
     return fail(ErrorCode::bad_argument,
                 "snapshot name '" + name +
-                    "': names that end in .new-NUMBER or .old-NUMBER mark a save in progress; "
-                    "choose another one");
+                    "': names that end in .saving, .new-NUMBER or .old-NUMBER mark a save in "
+                    "progress; choose another one");
   }
   for (const Image *image : images) {
     QV_TRY(check_snapshot_name(name, image->snapshots()));
@@ -144,50 +190,136 @@ Result<void> check_save_name(const std::vector<Image *> &images, const std::stri
   return {};
 }
 
+Result<Reservation> reserve_set(const std::vector<Image *> &images, size_t primary,
+                                const NewSnapshot &snapshot, bool replace, uint64_t stream_bytes) {
+  assert(primary < images.size());
+  QV_TRY(check_save_name(images, snapshot.name, replace, SaveSteps::two));
+  NewSnapshot added = snapshot;
+  added.name = reserved_name(snapshot.name);
+  added.more_extra = with_saving_mark({});
+  std::vector<std::unique_ptr<ImageEdit>> edits;
+  for (size_t i = 0; i < images.size(); ++i) {
+    QV_TRY(check_not_taken(*images[i], added.name, snapshot.name));
+    QV_ASSIGN(auto edit, ImageEdit::begin(*images[i]));
+    QV_TRY(edit->add_snapshot(added));
+    if (i == primary) {
+      QV_TRY(edit->reserve_vmstate(stream_bytes));
+    }
+    edits.push_back(std::move(edit));
+  }
+  Reservation reservation = {snapshot.name, primary, {}, edits[primary]->reserved()};
+  for (const auto &edit : edits) {
+    if (auto done = edit->commit(0); !done) {
+      Error first = std::move(done).error();
+      edits.clear();
+      if (auto dropped = drop_reservation(images, snapshot.name); !dropped) {
+        first.message +=
+            "; undoing failed as well (" + dropped.error().message + "): run `qvmstate resume`";
+      }
+      return tl::unexpected(std::move(first));
+    }
+  }
+  for (const Image *image : images) {
+    reservation.snapshots.push_back(image->snapshots().back());
+  }
+  return reservation;
+}
+
+Result<size_t> find_reserved(const Image &image, const Reservation &reservation, size_t index) {
+  const std::string name = reserved_name(reservation.name);
+  const int found = find_snapshot(image.snapshots(), name);
+  if (found < 0 ||
+      !is_same(image.snapshots()[static_cast<size_t>(found)], reservation.snapshots[index])) {
+    return fail(ErrorCode::bad_state, image.name() + ": the snapshot '" + name +
+                                          "' that held the place of '" + reservation.name +
+                                          "' was deleted or replaced meanwhile; save again");
+  }
+  return static_cast<size_t>(found);
+}
+
+Result<void> drop_reservation(const std::vector<Image *> &images, const std::string &name) {
+  std::optional<Error> first;
+  for (Image *image : images) {
+    image->file().clear_error();
+    // A commit that failed may have switched the header or not.
+    auto done = image->reload();
+    if (done) {
+      done = remove_reserved(*image, name);
+    }
+    if (!done && !first) {
+      first = std::move(done).error();
+    }
+  }
+  return first ? Result<void>(tl::unexpected(std::move(*first))) : Result<void>();
+}
+
+SetSave::SetSave(std::vector<Image *> images, size_t primary, const std::string &name,
+                 const std::string &primary_id)
+    : images_(std::move(images)),
+      primary_(primary),
+      name_(name),
+      new_name_(join(name, new_mark, primary_id)),
+      old_name_(join(name, old_mark, primary_id)) {}
+
+/// Begins an edit of the image, in which an old snapshot of the name goes, or gets the name that it
+/// has until all is done. The base, in the image that gets the vmstate, may be the one that goes.
+Result<void> SetSave::make_room(size_t image, const std::optional<SetBase> &base) {
+  Image &edited = *images_[image];
+  QV_ASSIGN(auto edit, ImageEdit::begin(edited));
+  edits_.push_back(std::move(edit));
+  const int old = find_snapshot(edited.snapshots(), name_);
+  if (image == primary_) {
+    if (base) {
+      const int index = find_snapshot(edited.snapshots(), base->name);
+      assert(index >= 0);
+      QV_TRY(edits_.back()->hold_vmstate(static_cast<size_t>(index), base->bytes));
+    }
+    return old < 0 ? Result<void>() : edits_.back()->remove_snapshot(static_cast<size_t>(old));
+  }
+  if (old >= 0) {
+    QV_TRY(edits_.back()->rename_snapshot(static_cast<size_t>(old), old_name_));
+  }
+  QV_TRY(check_not_taken(edited, new_name_, name_));
+  return check_not_taken(edited, old_name_, name_);
+}
+
 Result<std::unique_ptr<SetSave>> SetSave::begin(std::vector<Image *> images, size_t primary,
                                                 const NewSnapshot &snapshot, bool replace,
                                                 const std::optional<SetBase> &base) {
   assert(primary < images.size());
   QV_TRY(check_save_name(images, snapshot.name, replace));
-  std::unique_ptr<SetSave> save(new SetSave);
-  save->images_ = std::move(images);
-  save->primary_ = primary;
-  save->name_ = snapshot.name;
-  const std::string id = next_snapshot_id(save->images_[primary]->snapshots());
-  save->new_name_ = join(snapshot.name, new_mark, id);
-  save->old_name_ = join(snapshot.name, old_mark, id);
+  const std::string id = next_snapshot_id(images[primary]->snapshots());
+  std::unique_ptr<SetSave> save(new SetSave(std::move(images), primary, snapshot.name, id));
   for (size_t i = 0; i < save->images_.size(); ++i) {
-    Image &image = *save->images_[i];
-    QV_ASSIGN(auto edit, ImageEdit::begin(image));
-    save->edits_.push_back(std::move(edit));
-    ImageEdit &begun = *save->edits_.back();
-    const int old = find_snapshot(image.snapshots(), snapshot.name);
+    QV_TRY(save->make_room(i, base));
     NewSnapshot added = snapshot;
-    if (i == primary) {
-      if (base) {  // which may be the one that is replaced
-        const int index = find_snapshot(image.snapshots(), base->name);
-        assert(index >= 0);
-        QV_TRY(begun.hold_vmstate(static_cast<size_t>(index), base->bytes));
-      }
-      if (old >= 0) {
-        QV_TRY(begun.remove_snapshot(static_cast<size_t>(old)));
-      }
-    } else {
-      if (old >= 0) {
-        QV_TRY(begun.rename_snapshot(static_cast<size_t>(old), save->old_name_));
-      }
-      for (const std::string &taken : {save->new_name_, save->old_name_}) {
-        if (find_snapshot(image.snapshots(), taken) >= 0) {
-          return fail(ErrorCode::exists, image.name() + ": a snapshot named '" + taken +
-                                             "' is in the way of saving '" + snapshot.name +
-                                             "'; delete it or save under another name");
-        }
-      }
+    if (i != primary) {
       added.name = save->new_name_;
       added.more_extra = with_saving_mark(added.more_extra);
     }
-    QV_TRY(begun.add_snapshot(added));
-    save->ids_.push_back(begun.added_id());
+    QV_TRY(save->edits_[i]->add_snapshot(added));
+    save->ids_.push_back(save->edits_[i]->added_id());
+  }
+  return save;
+}
+
+Result<std::unique_ptr<SetSave>> SetSave::begin_finish(std::vector<Image *> images,
+                                                       const Reservation &reservation, bool replace,
+                                                       uint64_t vmstate_bytes) {
+  QV_TRY(check_save_name(images, reservation.name, replace, SaveSteps::two));
+  std::unique_ptr<SetSave> save(new SetSave(std::move(images), reservation.primary,
+                                            reservation.name,
+                                            reservation.snapshots[reservation.primary].id));
+  for (size_t i = 0; i < save->images_.size(); ++i) {
+    QV_ASSIGN(const size_t index, find_reserved(*save->images_[i], reservation, i));
+    QV_TRY(save->make_room(i, {}));
+    if (i == reservation.primary) {
+      QV_TRY(save->edits_[i]->keep_reserved(index, reservation.name, vmstate_bytes));
+      save->edits_[i]->set_added_extra({});
+    } else {
+      QV_TRY(save->edits_[i]->rename_snapshot(index, save->new_name_));
+    }
+    save->ids_.push_back(reservation.snapshots[i].id);
   }
   return save;
 }

@@ -8,6 +8,12 @@
 // tell whether a NAME.new-ID belongs to a NAME. After a crash, recover() finishes forward if (2)
 // happened, and goes back otherwise.
 //
+// A save whose stream is written while QEMU uses the images has two steps, with the images in our
+// hands only in each: reserve_set() adds "NAME.saving" to every image, of the disk alone, in one of
+// them with clusters reserved for the stream; later SetSave::begin_finish() makes NAME of it as
+// above, with renamed instead of added snapshots. A NAME of before lives until then. What a crash
+// leaves of it recover() removes.
+//
 // A delete starts with the image that holds the vmstate; what is left then cannot be loaded.
 //
 // The images must be ours (locked). Threads: one at a time.
@@ -29,11 +35,30 @@ namespace qvmstate::qcow2 {
 /// Bytes a name may have so that the names of a save in progress fit as well.
 constexpr uint64_t set_name_bytes_max = snapshot_name_bytes_max - 32;
 
+enum class SaveSteps { one, two };
+
 /// Whether `name` can be saved in these images: rules of check_snapshot_name in each, its length,
 /// not one of the names of a save in progress, and, without `replace`, not taken in any. To ask
 /// before the guest is stopped.
 Result<void> check_save_name(const std::vector<Image *> &images, const std::string &name,
-                             bool replace);
+                             bool replace, SaveSteps steps = SaveSteps::one);
+
+/// What reserve_set() leaves, for the time until the stream is written.
+struct Reservation {
+  std::string name;  ///< as it will be
+  size_t primary = 0;
+  std::vector<Snapshot> snapshots;  ///< of each image, as they are now
+  std::vector<AreaRun> runs;        ///< for a ReservedArea, in images[primary]
+};
+
+/// The first step: one switch in each image. When it fails, what was added is removed.
+Result<Reservation> reserve_set(const std::vector<Image *> &images, size_t primary,
+                                const NewSnapshot &snapshot, bool replace, uint64_t stream_bytes);
+/// While QEMU uses the images, and before the second step: refuses if images[index] no longer has
+/// the snapshot of the first, whose clusters then may be somebody else's. Returns its index.
+Result<size_t> find_reserved(const Image &image, const Reservation &reservation, size_t index);
+/// Instead of the second step: removes what the first added.
+Result<void> drop_reservation(const std::vector<Image *> &images, const std::string &name);
 
 /// A VM state in the image that gets the vmstate, whose clusters the new one may share.
 struct SetBase {
@@ -47,6 +72,11 @@ class SetSave {
   static Result<std::unique_ptr<SetSave>> begin(std::vector<Image *> images, size_t primary,
                                                 const NewSnapshot &snapshot, bool replace,
                                                 const std::optional<SetBase> &base = {});
+  /// The second step. The stream is in the reserved clusters, and flushed; commit() is given the
+  /// same `vmstate_bytes`.
+  static Result<std::unique_ptr<SetSave>> begin_finish(std::vector<Image *> images,
+                                                       const Reservation &reservation, bool replace,
+                                                       uint64_t vmstate_bytes);
   ~SetSave();
 
   /// Where the stream goes; expect_stream_bytes first.
@@ -64,7 +94,9 @@ class SetSave {
   const std::string &id(size_t image) const;
 
  private:
-  SetSave() = default;
+  SetSave(std::vector<Image *> images, size_t primary, const std::string &name,
+          const std::string &primary_id);
+  Result<void> make_room(size_t image, const std::optional<SetBase> &base);
   Result<void> finish_secondaries();
   Result<void> take_back(Image &image) const;
 

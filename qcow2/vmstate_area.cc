@@ -14,8 +14,25 @@ constexpr uint64_t zero_unit_bytes_min = 64 * kib;
 // stays as free clusters in the image, holes of the file.
 constexpr uint64_t arena_bytes_max = 64 * mib;
 constexpr uint64_t arena_parts = 16;  // of what is expected
+// The largest page that a host of QEMU's has; whole pages of the page cache are ours or QEMU's.
+constexpr uint64_t reserved_unit_bytes = 64 * kib;
 
 }  // namespace
+
+void find_host_runs(std::span<const AreaRun> area, const Geometry &geometry,
+                    const io::StreamRange &range, std::vector<io::HostRun> &runs) {
+  const uint64_t first = range.from.value / geometry.cluster_bytes();
+  auto run = std::prev(std::ranges::upper_bound(area, first, {}, &AreaRun::stream_first));
+  uint64_t at = range.from.value;
+  const uint64_t end = at + range.bytes;
+  for (; at < end; ++run) {
+    assert(run != area.end());
+    const uint64_t run_start = run->stream_first * geometry.cluster_bytes();
+    const uint64_t part = std::min(end, run->stream_end() * geometry.cluster_bytes()) - at;
+    runs.push_back({geometry.host_offset(run->host_first) + (at - run_start), part});
+    at += part;
+  }
+}
 
 uint64_t VmstateArea::bytes_max(const Header &header) {
   const Geometry &geometry = header.geometry;
@@ -59,7 +76,7 @@ Result<void> VmstateArea::place(StreamOffset from, uint64_t bytes, std::vector<i
     note({clusters_, run.first, run.count});
     clusters_ += run.count;
   }
-  find_host_runs({from, bytes}, runs);
+  find_host_runs(runs_, geometry, {from, bytes}, runs);
   placed_bytes_ += bytes;
   return {};
 }
@@ -89,23 +106,6 @@ Result<void> VmstateArea::share(StreamOffset base_from, uint64_t bytes) {
   }
   placed_bytes_ += bytes;
   return {};
-}
-
-/// Precondition: all of the range is placed.
-void VmstateArea::find_host_runs(const io::StreamRange &range,
-                                 std::vector<io::HostRun> &runs) const {
-  const Geometry &geometry = image_.geometry();
-  const uint64_t first = range.from.value / geometry.cluster_bytes();
-  auto run = std::prev(std::ranges::upper_bound(runs_, first, {}, &AreaRun::stream_first));
-  uint64_t at = range.from.value;
-  const uint64_t end = at + range.bytes;
-  for (; at < end; ++run) {
-    assert(run != runs_.end());
-    const uint64_t run_start = run->stream_first * geometry.cluster_bytes();
-    const uint64_t part = std::min(end, run->stream_end() * geometry.cluster_bytes()) - at;
-    runs.push_back({geometry.host_offset(run->host_first) + (at - run_start), part});
-    at += part;
-  }
 }
 
 uint64_t VmstateArea::place_unit_bytes() const {
@@ -184,7 +184,7 @@ Result<void> VmstateArea::place_at(std::span<const io::StreamRange> ranges,
     QV_TRY(take(outer_begin, whole_begin, Fill::part));
     QV_TRY(take(whole_begin, whole_end, Fill::whole));
     QV_TRY(take(whole_end, outer_end, Fill::part));
-    find_host_runs(range, runs);
+    find_host_runs(runs_, geometry, range, runs);
   }
   return {};
 }
@@ -206,6 +206,32 @@ Result<void> VmstateArea::finish_fixed(uint64_t stream_bytes) {
     *arena = {};
   }
   return {};
+}
+
+Result<void> VmstateArea::reserve(uint64_t bytes) {
+  const uint64_t reserved_bytes = round_up(bytes, reserved_unit_bytes);
+  QV_TRY(check_fits(reserved_bytes));
+  const uint64_t wanted = image_.geometry().clusters_for(reserved_bytes);
+  while (clusters_ < wanted) {
+    QV_ASSIGN(const ClusterRun run,
+              allocator_.take_for_stream(wanted - clusters_, Growth::sparse, reserved_unit_bytes));
+    note({clusters_, run.first, run.count});
+    clusters_ += run.count;
+  }
+  return {};
+}
+
+Result<void> ReservedArea::place(StreamOffset from, uint64_t bytes,
+                                 std::vector<io::HostRun> &runs) {
+  const uint64_t reserved_bytes =
+      runs_.empty() ? 0 : runs_.back().stream_end() * geometry_.cluster_bytes();
+  if (from.value + bytes > reserved_bytes) {
+    return fail(ErrorCode::no_space, image_name_ + ": the stream is longer than the " +
+                                         std::to_string(reserved_bytes) +
+                                         " bytes that were reserved for it");
+  }
+  find_host_runs(runs_, geometry_, {from, bytes}, runs);
+  return guard_ ? guard_() : Result<void>();
 }
 
 }  // namespace qvmstate::qcow2

@@ -7,10 +7,17 @@
 // such flag: clusters full of holes). No cluster stays unallocated, because a larger backing file
 // would show through. The L2 tables that map all of it are written at the end (image_edit.cc).
 //
+// A stream that is written later, while QEMU uses the image, has its clusters reserved instead: in
+// runs that begin and end on 64 KiB of the file, so that no page of the page cache is shared with
+// what QEMU writes. ReservedArea then says where in them the stream goes.
+//
 // Threads: one at a time.
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -28,6 +35,10 @@ struct AreaRun {
   bool shared = false;  ///< held already, and not written
   uint64_t stream_end() const { return stream_first + count; }
 };
+
+/// Where in `runs` (ascending, without gaps) a range of the stream lies, all of which is in them.
+void find_host_runs(std::span<const AreaRun> area, const Geometry &geometry,
+                    const io::StreamRange &range, std::vector<io::HostRun> &runs);
 
 class VmstateArea : public io::Placement, public io::FixedPlacement {
  public:
@@ -52,6 +63,8 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
   Result<void> share(StreamOffset base_from, uint64_t bytes);
   /// Clusters of the base that are not shared (yet), and 0 for all others.
   const std::vector<uint64_t> &unshared_base() const { return base_; }
+  /// Takes clusters for a stream of up to `bytes`, and more to fill 64 KiB, as holes of the file.
+  Result<void> reserve(uint64_t bytes);
 
   /// Ascending and disjoint; what lies between them up to clusters() is zeros.
   const std::vector<AreaRun> &runs() const { return runs_; }
@@ -67,7 +80,6 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
   Result<void> take_fixed(uint64_t first, uint64_t count, Fill fill);
   Result<void> take_missing(uint64_t first, uint64_t end, Fill fill);
   Result<ClusterRun> take_from_arena(uint64_t count, Fill fill);
-  void find_host_runs(const io::StreamRange &range, std::vector<io::HostRun> &runs) const;
 
   const Image &image_;
   Allocator &allocator_;
@@ -79,6 +91,29 @@ class VmstateArea : public io::Placement, public io::FixedPlacement {
   // Taken from the allocator ahead of need.
   ClusterRun whole_arena_;
   ClusterRun zeroed_arena_;
+};
+
+/// A stream that goes into reserved clusters.
+class ReservedArea : public io::Placement {
+ public:
+  /// Asked before each write; an error keeps from it.
+  using Guard = std::function<Result<void>()>;
+  ReservedArea(std::vector<AreaRun> runs, const Geometry &geometry, std::string image_name,
+               Guard guard = {})
+      : runs_(std::move(runs)),
+        geometry_(geometry),
+        image_name_(std::move(image_name)),
+        guard_(std::move(guard)) {}
+
+  /// no_space past the reserved clusters.
+  Result<void> place(StreamOffset from, uint64_t bytes, std::vector<io::HostRun> &runs) override;
+  uint64_t unit_bytes() const override { return 4096; }
+
+ private:
+  std::vector<AreaRun> runs_;
+  Geometry geometry_;
+  std::string image_name_;
+  Guard guard_;
 };
 
 }  // namespace qvmstate::qcow2

@@ -12,7 +12,14 @@
 namespace qvmstate::qcow2::test {
 namespace {
 
-enum class Action { save, replace, replace_from_other_image, remove };
+enum class Action {
+  save,
+  replace,
+  replace_from_other_image,
+  remove,
+  two_step_save,  // the stream written between two switches
+  two_step_replace,
+};
 
 struct Case {
   PreparedKind kind;
@@ -29,6 +36,10 @@ const char *name_of(Action action) {
       return "replace_from_other_image";
     case Action::remove:
       return "delete";
+    case Action::two_step_save:
+      return "two_step_save";
+    case Action::two_step_replace:
+      return "two_step_replace";
   }
   return "?";
 }
@@ -37,8 +48,8 @@ std::vector<Case> cases() {
   std::vector<Case> all;
   for (const PreparedKind &kind : {PreparedKind{2, 64 * kib, false}, PreparedKind{3, 4 * kib, true},
                                    PreparedKind{3, 512, false}}) {
-    for (const Action action :
-         {Action::save, Action::replace, Action::replace_from_other_image, Action::remove}) {
+    for (const Action action : {Action::save, Action::replace, Action::replace_from_other_image,
+                                Action::remove, Action::two_step_save, Action::two_step_replace}) {
       all.push_back({kind, action});
     }
   }
@@ -59,17 +70,27 @@ uint32_t date_of(int generation) {
   return 1700000000 + static_cast<uint32_t>(generation);
 }
 
-Result<void> save_set(const std::vector<Image *> &images, size_t with_vmstate, int generation,
-                      bool replace) {
+NewSnapshot snapshot_of(int generation) {
   NewSnapshot snapshot;
   snapshot.name = name;
   snapshot.date_seconds = date_of(generation);
   snapshot.clock_nanos = 1000;
+  return snapshot;
+}
+
+Result<void> save_set(const std::vector<Image *> &images, size_t with_vmstate, int generation,
+                      bool replace) {
+  const NewSnapshot snapshot = snapshot_of(generation);
   QV_ASSIGN(auto set, SetSave::begin(images, with_vmstate, snapshot, replace));
   const Bytes &stream = stream_of(generation);
   set->expect_stream_bytes(stream.size());
   QV_TRY(write_stream(images[with_vmstate]->file(), set->vmstate(), stream, 64 * kib));
   return set->commit(stream.size());
+}
+
+/// Whether a state of that name is there before.
+bool replaces(Action action) {
+  return action != Action::save && action != Action::two_step_save;
 }
 
 // Both images in memory, with one clock.
@@ -129,7 +150,7 @@ class ImagePair : public testing::TestWithParam<Case> {
     // Different disks, and different snapshot ids.
     must(qemu_io(paths_[1], {"write -P 77 100k 20k"}));
     must(qemu_img({"snapshot", "-c", "only here", paths_[1]}));
-    if (GetParam().action != Action::save) {
+    if (replaces(GetParam().action)) {
       OpenedPair pair(paths_);
       const size_t with_vmstate =
           GetParam().action == Action::replace_from_other_image ? 1 - primary : primary;
@@ -185,7 +206,12 @@ class ImagePair : public testing::TestWithParam<Case> {
     if (GetParam().action == Action::remove) {
       return delete_from_set(images, name, true);
     }
-    return save_set(images, primary, 1, GetParam().action != Action::save);
+    const bool replace = replaces(GetParam().action);
+    if (GetParam().action == Action::two_step_save ||
+        GetParam().action == Action::two_step_replace) {
+      return save_in_two_steps(images, primary, snapshot_of(1), replace, stream_of(1));
+    }
+    return save_set(images, primary, 1, replace);
   }
 
   // Brings the pair to an end, as the next command does, and returns which: 0 the old state, 1 the
@@ -242,7 +268,7 @@ TEST_P(ImagePair, CutAfterEveryChangeThenRecovered) {
   const std::vector<std::string> cut_paths{first.path(), second.path()};
   const Loaded old_state = loaded(before_);
   const Loaded new_state = loaded(after_);
-  ASSERT_EQ(old_state.has_value(), GetParam().action != Action::save);
+  ASSERT_EQ(old_state.has_value(), replaces(GetParam().action));
   int reached = 0;
   PairView last_recovered;
   for (size_t changes = 0; changes <= clock.changes.size(); ++changes) {

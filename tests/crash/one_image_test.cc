@@ -30,6 +30,8 @@ enum class Action {
   share,            // a state of which a part is that of another snapshot
   share_replacing,  // which is the one that is replaced
   share_then_remove_base,
+  two_step_save,  // the stream written between two switches
+  two_step_replace,
 };
 
 struct Case {
@@ -69,6 +71,10 @@ const char *name_of(Action action) {
       return "share_replacing";
     case Action::share_then_remove_base:
       return "share_then_delete_base";
+    case Action::two_step_save:
+      return "two_step_save";
+    case Action::two_step_replace:
+      return "two_step_replace";
   }
   return "?";
 }
@@ -112,6 +118,8 @@ std::vector<Case> cases() {
       Action::share,
       Action::share_replacing,
       Action::share_then_remove_base,
+      Action::two_step_save,
+      Action::two_step_replace,
   };
   for (size_t i = 0; i < kinds.size(); ++i) {
     for (size_t j = 0; j < std::size(actions); ++j) {
@@ -189,6 +197,12 @@ SnapshotView fresh_snapshot(const ImageView &before, const std::string &id,
   return {before.active, stream, id, new_date};
 }
 
+/// Bytes of text, as extra data of a snapshot.
+Bytes text_bytes(std::string_view text) {
+  const auto *bytes = reinterpret_cast<const std::byte *>(text.data());
+  return {bytes, bytes + text.size()};
+}
+
 // The states the action goes through, each from what the action is meant to do.
 std::vector<ImageView> states(Action action, const ImageView &before, uint64_t cluster_bytes) {
   std::vector<ImageView> all{before};
@@ -246,6 +260,17 @@ std::vector<ImageView> states(Action action, const ImageView &before, uint64_t c
       all.push_back(after);
       after.snapshots.erase("victim");
       break;
+    case Action::two_step_save:
+    case Action::two_step_replace: {
+      const std::string name = action == Action::two_step_save ? "fresh" : "victim";
+      SnapshotView &reserved = after.snapshots[name + ".saving"];
+      reserved = fresh_snapshot(before, "3", {});
+      reserved.more_extra = text_bytes("qvmstate: saving");
+      all.push_back(after);
+      after = before;
+      after.snapshots[name] = fresh_snapshot(before, "3");
+      break;
+    }
   }
   all.push_back(after);
   return all;
@@ -280,6 +305,13 @@ Result<void> import_into(Image &image, const std::string &name, bool replace) {
   set->set_more_extra(new_checksum());
   QV_TRY(image.file().sync());
   return set->commit(new_stream().size());
+}
+
+Result<void> save_in_two_steps(Image &image, const std::string &name, bool replace) {
+  NewSnapshot snapshot;
+  snapshot.name = name;
+  snapshot.date_seconds = new_date;
+  return test::save_in_two_steps({&image}, 0, snapshot, replace, new_stream());
 }
 
 Result<void> perform(Action action, Image &image) {
@@ -332,6 +364,10 @@ Result<void> perform(Action action, Image &image) {
       QV_TRY(save_sharing(image, "fresh", shared_stream(image.geometry().cluster_bytes()), false,
                           new_date));
       return remove(image, "victim", true);
+    case Action::two_step_save:
+      return save_in_two_steps(image, "fresh", false);
+    case Action::two_step_replace:
+      return save_in_two_steps(image, "victim", true);
   }
   return {};
 }

@@ -214,6 +214,33 @@ Result<void> save(Image &image, const std::string &name, std::span<const std::by
   return edit->commit(stream.size());
 }
 
+namespace {
+
+Result<void> finish_two_steps(const std::vector<Image *> &images, const Reservation &reservation,
+                              bool replace, std::span<const std::byte> stream) {
+  const Image &image = *images[reservation.primary];
+  ReservedArea area(reservation.runs, image.geometry(), image.name());
+  QV_TRY(write_stream(image.file(), area, stream, 64 * kib));
+  QV_TRY(image.file().sync());
+  QV_ASSIGN(const auto set, SetSave::begin_finish(images, reservation, replace, stream.size()));
+  return set->commit(stream.size());
+}
+
+}  // namespace
+
+Result<void> save_in_two_steps(const std::vector<Image *> &images, size_t primary,
+                               const NewSnapshot &snapshot, bool replace,
+                               std::span<const std::byte> stream) {
+  const uint64_t reserved_bytes = stream.size() + 100 * kib;
+  QV_ASSIGN(const Reservation reservation,
+            reserve_set(images, primary, snapshot, replace, reserved_bytes));
+  auto done = finish_two_steps(images, reservation, replace, stream);
+  if (!done) {
+    QV_TRY(drop_reservation(images, snapshot.name));
+  }
+  return done;
+}
+
 Result<void> remove(Image &image, const std::string &name, bool give_back_space) {
   const int index = find_snapshot(image.snapshots(), name);
   if (index < 0) {

@@ -75,6 +75,10 @@ struct SaveOptions {
 /// One image: a snapshot of the disk, with a vmstate unless `stream` is empty.
 Result<void> save(Image &image, const std::string &name, std::span<const std::byte> stream,
                   const SaveOptions &options = {});
+/// The stream, into `images[primary]`, between a first and a second switch of each image.
+Result<void> save_in_two_steps(const std::vector<Image *> &images, size_t primary,
+                               const NewSnapshot &snapshot, bool replace,
+                               std::span<const std::byte> stream);
 Result<void> remove(Image &image, const std::string &name, bool give_back_space = false);
 Result<void> rename(Image &image, const std::string &name, const std::string &to);
 
