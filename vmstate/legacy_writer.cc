@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <cstring>
+#include <optional>
 
 #include "qcow2/io/endian.h"
 #include "vmstate/page_scan.h"
@@ -35,8 +36,13 @@ class LegacyWriter::Round {
         stats_(writer.stats_) {}
 
   Result<void> put_all() {
-    for (size_t block = 0; block < ram_.blocks().size(); ++block) {
-      QV_TRY(put_block(block));
+    RamOrder *order = dirty_ == nullptr ? ram_.order() : nullptr;
+    if (order != nullptr) {
+      QV_TRY(put_in_order(*order));
+    } else {
+      for (size_t block = 0; block < ram_.blocks().size(); ++block) {
+        QV_TRY(put_block(block));
+      }
     }
     return hook_ && done_bytes_ > reported_bytes_ ? hook_(done_bytes_) : Result<void>{};
   }
@@ -57,6 +63,24 @@ class LegacyWriter::Round {
       page = run_end;
     }
     return {};
+  }
+
+  Result<void> put_in_order(RamOrder &order) {
+    std::optional<size_t> named;  // the block that CONTINUE means
+    for (;;) {
+      QV_ASSIGN(const std::optional<RamRange> range, order.next());
+      if (!range) {
+        return {};
+      }
+      uint64_t page = range->offset / page_bytes_;
+      const uint64_t end = page + range->bytes / page_bytes_;
+      if (named != range->block) {
+        QV_TRY(put_named_page(range->block, range->offset));
+        named = range->block;
+        page += 1;
+      }
+      QV_TRY(put_pages(range->block, page, end));
+    }
   }
 
   uint64_t first_wanted(size_t block, uint64_t page, uint64_t end) const {

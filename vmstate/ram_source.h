@@ -1,11 +1,12 @@
 // Where guest RAM comes from: the memory of this process (plugin) or of another one (attach).
 //
-// Addresses inside a block are byte offsets from its start. While a source is used the VM is
-// stopped, so its RAM does not change. Threads: one at a time.
+// Addresses inside a block are byte offsets from its start. While a source is used its RAM does not
+// change: the VM is stopped, or the source keeps what it was. Threads: one at a time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -18,6 +19,22 @@ struct RamBlock {
   std::string idstr;           ///< 1 to 255 bytes
   uint64_t used_bytes = 0;     ///< used length: what the stream announces; a multiple of 4096
   uint64_t page_bytes = 4096;  ///< host page size of the block's memory
+};
+
+/// A part of a block, in whole pages.
+struct RamRange {
+  size_t block = 0;
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+};
+
+/// In which order a source wants to be read.
+class RamOrder {
+ public:
+  virtual ~RamOrder() = default;
+  /// What to read next, all pages once in the end; what was given before has been read. nullopt:
+  /// that was all.
+  virtual Result<std::optional<RamRange>> next() = 0;
 };
 
 class RamSource {
@@ -40,6 +57,9 @@ class RamSource {
   /// Copies `count` pages of `page_bytes` from `offset` on; page i goes to to + i * stride.
   virtual Result<void> read_pages(size_t block, uint64_t offset, size_t count, size_t page_bytes,
                                   std::byte *to, size_t stride) = 0;
+
+  /// nullptr: any order will do.
+  virtual RamOrder *order() { return nullptr; }
 };
 
 }  // namespace qvmstate::vmstate

@@ -140,6 +140,47 @@ TEST_P(LegacyWriter, goldenRounds) {
   EXPECT_EQ(second_end - first_end, round.done().size() - 5);
 }
 
+/// Wants the last page of "b" first, then all of "a", then the rest of "b".
+class OrderedRam : public FakeRam, private RamOrder {
+ public:
+  OrderedRam() : FakeRam(false) {}
+  RamOrder *order() override { return this; }
+
+ private:
+  Result<std::optional<RamRange>> next() override {
+    constexpr RamRange ranges[] = {
+        {1, 2 * page, page}, {0, 0, page}, {1, 0, page}, {1, page, page}};
+    return step_ < std::size(ranges) ? std::optional(ranges[step_++]) : std::nullopt;
+  }
+  size_t step_ = 0;
+};
+
+TEST(LegacyWriterOrder, golden) {
+  OrderedRam ram;
+  const Touch a[] = {D};
+  const Touch b[] = {D, U, D};
+  ram.add_block("a", a, 1);
+  ram.add_block("b", b, 2);
+  std::memset(ram.memory(0).data(), 0x11, page);
+  std::memset(ram.memory(1).data(), 0x22, page);
+  std::memset(ram.memory(1).data() + 2 * page, 0x33, page);
+  Bytes part;
+  part.u8(0x02).u32(0x7fffffff);                            // PART
+  part.u64(8192 | 0x008).u8(1).text("b").fill(4096, 0x33);  // PAGE, with the name of the block
+  part.u64(0x008).u8(1).text("a").fill(4096, 0x11);         // PAGE of another block
+  part.u64(0x008).u8(1).text("b").fill(4096, 0x22);         // PAGE of the first one again
+  part.u64(4096 | 0x022).u8(0);                             // ZERO, CONTINUE
+  part.u64(0x010).u8(0x7e).u32(0x7fffffff);                 // EOS, footer
+  const Written written = write_stream(ram, {"pc", {}, 4096}, {});
+  ASSERT_TRUE(written.stats) << written.stats.error().message;
+  const Blob expected = part.done();
+  EXPECT_NE(
+      std::search(written.bytes.begin(), written.bytes.end(), expected.begin(), expected.end()),
+      written.bytes.end());
+  EXPECT_EQ(written.stats->data_pages, 3U);
+  EXPECT_EQ(written.stats->untouched_pages, 1U);
+}
+
 uint64_t be(std::span<const std::byte> bytes, size_t at, size_t count) {
   uint64_t value = 0;
   for (size_t i = 0; i < count; ++i) {
