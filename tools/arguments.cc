@@ -149,6 +149,8 @@ void add_save(CLI::App &app, SaveCommand &command) {
   where->add_option("--control", command.control, "Control socket of the plugin in QEMU")
       ->type_name("SOCK");
   where->require_option(1);
+  save->add_flag("--live", command.options.live,
+                 "Let the guest run while its RAM is copied (with --control)");
   save->add_flag("--replace", command.options.replace,
                  "Take the place of a snapshot of that name, once the new one is there");
   save->add_option("--base", command.options.base,
@@ -182,6 +184,7 @@ void add_save(CLI::App &app, SaveCommand &command) {
       "Examples:\n"
       "  qvmstate save before-upgrade --qmp /run/vm/qmp.sock\n"
       "  qvmstate save nightly --replace --limit-rate 200M --qmp /run/vm/qmp.sock\n"
+      "  qvmstate save hourly --replace --live --control /run/vm/ctl.sock\n"
       "  qvmstate save first --layout stream-aligned --qmp /run/vm/qmp.sock\n"
       "  qvmstate save second --base first --qmp /run/vm/qmp.sock\n"
       "  qvmstate save --to file:/backup/vm.state --layout mapped-ram --qmp /run/vm/qmp.sock");

@@ -202,6 +202,7 @@ Result<Disk> examine(Qmp &qmp, pid_t pid, const Graph &graph, const std::vector<
                     "'; only qcow2 directly on a local file or block device can be served");
   }
   disk.file = text_at(protocol, "file", disk.file);
+  disk.page_cache = !flag_at(at(protocol, "cache"), "direct");
   QV_ASSIGN(const OpenFile file, find_open_file(qmp, pid, files, disk));
   if (file.links == 0 && S_ISREG(file.mode)) {
     return fail(ErrorCode::not_supported,

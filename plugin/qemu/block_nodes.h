@@ -23,11 +23,12 @@
 namespace qvmstate::qemu {
 
 struct Disk {
-  std::string node;    ///< of the qcow2 layer
-  std::string device;  ///< what the guest has it as, for messages
-  std::string file;    ///< QEMU's name
-  Descriptor image;    ///< our own, read-write, without locks
-  bool active = true;  ///< always true before 10.0, which does not tell
+  std::string node;         ///< of the qcow2 layer
+  std::string device;       ///< what the guest has it as, for messages
+  std::string file;         ///< QEMU's name
+  Descriptor image;         ///< our own, read-write, without locks
+  bool active = true;       ///< always true before 10.0, which does not tell
+  bool page_cache = false;  ///< QEMU reads and writes through it
   bool has_bitmaps = false;
   std::string persistent_bitmap;  ///< the name of one; empty: there is none
 };

@@ -41,6 +41,7 @@ constexpr Argument save_arguments[] = {
     {"depth", Type::number},       {"rate-limit", Type::number},  {"layout", Type::text},
     {"sparse-bitmap", Type::flag}, {"channels", Type::number},    {"to", Type::text},
     {"descriptors", Type::number}, {"allow-bitmaps", Type::flag}, {"base", Type::text},
+    {"live", Type::flag},
 };
 
 bool has_type(const Json &value, Type type) {
@@ -99,6 +100,9 @@ Json to_json(const SaveOptions &options) {
   if (options.allow_bitmaps) {
     json["allow-bitmaps"] = true;
   }
+  if (options.live) {
+    json["live"] = true;
+  }
   if (options.channels != 0) {
     json["channels"] = options.channels;
   }
@@ -138,6 +142,7 @@ Result<SaveOptions> save_options_from(const Json &arguments, std::vector<Descrip
   options.base = text_at(arguments, "base");
   options.sparse_bitmap = flag_at(arguments, "sparse-bitmap");
   options.allow_bitmaps = flag_at(arguments, "allow-bitmaps");
+  options.live = flag_at(arguments, "live");
   options.channels =
       static_cast<unsigned>(std::min<uint64_t>(number_at(arguments, "channels"), channels_max + 1));
   options.to = text_at(arguments, "to");
@@ -176,6 +181,9 @@ Json to_json(const SaveReport &report) {
           {"copied-bytes", report.copied_bytes},
           {"written-bytes", report.written_bytes},
           {"pause-seconds", report.pause_seconds},
+          {"pauses-seconds", report.pauses_seconds},
+          {"writes-served", report.writes_served},
+          {"writes-delayed", report.writes_delayed},
           {"total-seconds", report.total_seconds},
           {"data-seconds", report.data_seconds},
           {"io-engine", report.io_engine},
@@ -206,6 +214,11 @@ SaveReport save_report_from(const Json &value) {
   report.copied_bytes = number_at(value, "copied-bytes");
   report.written_bytes = number_at(value, "written-bytes");
   report.pause_seconds = real_at(value, "pause-seconds");
+  for (const Json &pause : at(value, "pauses-seconds")) {
+    report.pauses_seconds.push_back(pause.is_number() ? pause.get<double>() : 0);
+  }
+  report.writes_served = number_at(value, "writes-served");
+  report.writes_delayed = number_at(value, "writes-delayed");
   report.total_seconds = real_at(value, "total-seconds");
   report.data_seconds = real_at(value, "data-seconds");
   report.io_engine = text_at(value, "io-engine");

@@ -109,8 +109,8 @@ Handover::~Handover() {
   }
 }
 
-Result<void> Handover::mark(const std::string &what) {
-  QV_ASSIGN(mark_, Mark::leave(qmp_, was_running_, what));
+Result<void> Handover::mark(const std::string &what, unsigned own_marks) {
+  QV_ASSIGN(mark_, Mark::leave(qmp_, was_running_, what, own_marks));
   return {};
 }
 

@@ -51,7 +51,8 @@ class Handover {
   Handover(const Handover &) = delete;
   Handover &operator=(const Handover &) = delete;
 
-  Result<void> mark(const std::string &what);
+  /// `own_marks`: that this operation has left already.
+  Result<void> mark(const std::string &what, unsigned own_marks = 0);
   Result<void> stop();
   Result<void> take();
   Result<void> give_back();

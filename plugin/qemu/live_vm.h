@@ -20,6 +20,7 @@ struct LiveVm {
   pid_t pid = 0;
   bool running = false;
   std::vector<Disk> disks;
+  unsigned marks = 0;  ///< that the operation holds itself, besides that of a handover
 };
 
 /// Connects, and finds the process behind the socket; refuses while another operation is going on.

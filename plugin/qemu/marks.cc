@@ -38,7 +38,7 @@ Result<void> check_going_on(const Marks &marks, unsigned own) {
 
 }  // namespace
 
-Result<Mark> Mark::leave(Qmp &qmp, bool was_running, const std::string &what) {
+Result<Mark> Mark::leave(Qmp &qmp, bool was_running, const std::string &what, unsigned own) {
   Mark mark;
   mark.file_ = Descriptor(::memfd_create("qvmstate-devices", MFD_CLOEXEC));
   if (!mark.file_) {
@@ -60,7 +60,7 @@ Result<Mark> Mark::leave(Qmp &qmp, bool was_running, const std::string &what) {
   }
   mark.fdset_ = number_at(added, "fdset-id");
   QV_ASSIGN(const Marks marks, find_marks(qmp));
-  if (auto alone = check_going_on(marks, 1); !alone) {
+  if (auto alone = check_going_on(marks, own + 1); !alone) {
     (void)qmp.execute("remove-fd", {{"fdset-id", mark.fdset_}});
     return tl::unexpected(alone.error());
   }

@@ -24,8 +24,8 @@ namespace qvmstate::qemu {
 class Mark {
  public:
   /// `what` is for people who look at QEMU's fd sets. Refuses if another operation is going on, or
-  /// may be.
-  static Result<Mark> leave(Qmp &qmp, bool was_running, const std::string &what);
+  /// may be: one of more marks than the `own` that this one has left.
+  static Result<Mark> leave(Qmp &qmp, bool was_running, const std::string &what, unsigned own = 0);
 
   /// The file, empty at first, open for reading and writing here, for writing in QEMU.
   int file() const { return file_.get(); }

@@ -28,6 +28,7 @@ struct SaveOptions {
   std::string name;          ///< of the snapshot; empty with `to`
   bool replace = false;      ///< the old snapshot of that name lives until the new one is there
   std::string vmstate_node;  ///< node name; empty: the node that loadvm looks at first
+  bool live = false;         ///< the guest runs while RAM is copied; by the plugin only
   /// Persistent dirty bitmaps are no reason to refuse; they have to go before a load.
   bool allow_bitmaps = false;
   io::DirectMode direct = io::DirectMode::automatic;
@@ -77,7 +78,10 @@ struct SaveReport {
   uint64_t written_groups = 0;
   uint64_t shared_groups = 0;  ///< with the base
   uint64_t written_bytes = 0;  ///< to all images
-  double pause_seconds = 0;    ///< from before `stop` until `cont` was answered
+  double pause_seconds = 0;    ///< from before `stop` until `cont` was answered; the longest
+  std::vector<double> pauses_seconds;  ///< all of them: two of a live save
+  uint64_t writes_served = 0;          ///< pieces of RAM copied because the guest wrote to them
+  uint64_t writes_delayed = 0;         ///< those for which it had to wait longer
   double total_seconds = 0;
   double data_seconds = 0;    ///< stream written and synced, part of the pause
   std::string io_engine;      ///< "io_uring" or "threads", " direct" added with O_DIRECT

@@ -2,7 +2,6 @@
 
 #include <sys/stat.h>
 #include <sys/statvfs.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,7 +10,9 @@
 #include "plugin/qemu/handover.h"
 #include "plugin/qemu/live_vm.h"
 #include "plugin/qemu/preflight.h"
+#include "plugin/qemu/save_context.h"
 #include "plugin/qemu/save_file.h"
+#include "plugin/qemu/save_live.h"
 #include "plugin/qemu/save_state.h"
 #include "plugin/qemu/save_target.h"
 #include "plugin/qemu/stopped_vm.h"
@@ -100,10 +101,6 @@ Result<void> check_space(const Disk &disk, const qcow2::Image &image, uint64_t s
   return {};
 }
 
-qcow2::Bitmaps bitmaps_of(const SaveOptions &options) {
-  return options.allow_bitmaps ? qcow2::Bitmaps::allow : qcow2::Bitmaps::refuse;
-}
-
 /// QEMU's loadvm refuses a disk that has any. Those only in memory may be gone by then.
 Result<void> check_bitmaps(const Disk &disk, const SaveOptions &options, SaveReport &report) {
   if (!disk.persistent_bitmap.empty() && !options.allow_bitmaps) {
@@ -166,7 +163,8 @@ Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, si
                                     qcow2::ImageUse::held_by_qemu));
   }
   if (!qcow2::needs_recovery(watched.images())) {
-    QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace));
+    QV_TRY(qcow2::check_save_name(watched.images(), options.name, options.replace,
+                                  options.live ? qcow2::SaveSteps::two : qcow2::SaveSteps::one));
   }
   QV_ASSIGN(const RamEstimate ram, look_at_ram(vm, seat, report));
   const qcow2::Image &image = *watched.images()[vmstate_disk];
@@ -177,19 +175,6 @@ Result<RamEstimate> check_before_stop(LiveVm &vm, const SaveOptions &options, si
   QV_TRY(check_space(vm.disks[vmstate_disk], image, bytes_needed(options, image, ram)));
   return ram;
 }
-
-struct SaveContext {
-  LiveVm &vm;
-  const SaveOptions &options;
-  const Observer &observer;
-  const Machine &machine;
-  size_t vmstate_disk;
-  Seat seat;
-  Clock::time_point begin;
-  RamEstimate ram;  // shortly before the stop
-  unsigned channels;
-  SaveReport &report;
-};
 
 /// How many threads read RAM: of a base, all that look for what has changed.
 unsigned sources_for(const SaveContext &context) {
@@ -215,30 +200,11 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
   open_options.direct = options.direct;
   open_options.engine = options.engine;
   open_options.depth = options.depth;
-  QV_ASSIGN(OwnedImages owned,
-            OwnedImages::open(context.vm.disks, open_options,
-                              {context.vmstate_disk, context.channels, channel_depth}));
+  QV_ASSIGN(OwnedImages owned, own_images(context, open_options,
+                                          {context.vmstate_disk, context.channels, channel_depth}));
   const std::vector<qcow2::Image *> &images = owned.images();
-  if (qcow2::needs_recovery(images)) {
-    QV_ASSIGN(const std::vector<std::string> done, qcow2::recover_set(images));
-    report.warnings.insert(report.warnings.end(), done.begin(), done.end());
-  }
-  QV_TRY(qcow2::check_save_name(images, options.name, options.replace));
-  for (size_t i = 0; i < images.size(); ++i) {
-    const auto role =
-        i == context.vmstate_disk ? qcow2::ImageRole::vmstate : qcow2::ImageRole::disk_only;
-    QV_TRY(qcow2::check_image_suits(*images[i], role, bitmaps_of(options)));
-  }
-
   QV_ASSIGN(const std::optional<Base> base, read_base(options, *images[context.vmstate_disk]));
-
-  qcow2::NewSnapshot snapshot;
-  snapshot.name = options.name;
-  timespec now = {};
-  ::clock_gettime(CLOCK_REALTIME, &now);
-  snapshot.date_seconds = static_cast<uint32_t>(now.tv_sec);
-  snapshot.date_nanos = static_cast<uint32_t>(now.tv_nsec);
-  snapshot.clock_nanos = clock_nanos;
+  const qcow2::NewSnapshot snapshot = new_snapshot(options, clock_nanos);
   QV_ASSIGN(auto transaction,
             qcow2::SetSave::begin(
                 images, context.vmstate_disk, snapshot, options.replace,
@@ -343,14 +309,24 @@ Result<SaveReport> save_snapshot(LiveVm &vm, const SaveOptions &options, const O
       observer.warning(warning);
     }
   }
+  std::optional<WriteProtection> protection;
+  if (options.live) {
+    QV_ASSIGN(protection, check_live(vm, vm.disks[vmstate_disk], options.direct, seat));
+  }
   const unsigned channels = channels_for(options, ram.total_bytes);
   SaveContext context = {vm,   options, observer, machine,  vmstate_disk,
                          seat, begin,   ram,      channels, report};
-  QV_ASSIGN(report.pause_seconds,
-            while_stopped(vm, observer, options.name, seat, HandoverKind::images, begin,
-                          [&](std::span<const std::byte> device_bytes) {
-                            return write_snapshot(context, device_bytes);
-                          }));
+  if (protection) {
+    QV_TRY(save_live(context, *std::move(protection)));
+  } else {
+    QV_ASSIGN(const double seconds,
+              while_stopped(vm, observer, options.name, seat, HandoverKind::images, begin,
+                            [&](std::span<const std::byte> device_bytes) {
+                              return write_snapshot(context, device_bytes);
+                            }));
+    report.pauses_seconds.push_back(seconds);
+  }
+  report.pause_seconds = *std::ranges::max_element(report.pauses_seconds);
   report.total_seconds = seconds_between(begin, Clock::now());
   return report;
 }

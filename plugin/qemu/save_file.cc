@@ -101,6 +101,7 @@ Result<SaveReport> save_file(LiveVm &vm, const SaveOptions &options, GivenDescri
     return tl::unexpected(paused.error());
   }
   report.pause_seconds = *paused;
+  report.pauses_seconds = {*paused};
   report.total_seconds = seconds_between(begin, Clock::now());
   return report;
 }

@@ -137,6 +137,14 @@ Result<void> check_save_options(const SaveOptions &options) {
   if (options.sparse_bitmap && options.layout != SaveLayout::mapped_ram) {
     return refuse("--sparse-bitmap needs --layout mapped-ram");
   }
+  if (options.live && !options.base.empty()) {
+    return refuse("--live and --base do not go together; leave out one of them");
+  }
+  if (options.live && (!options.to.empty() || (options.layout != SaveLayout::automatic &&
+                                               options.layout != SaveLayout::legacy))) {
+    return refuse(
+        "--live writes the legacy layout into the VM's own image; leave out --to and --layout");
+  }
   if (options.to.empty()) {
     return has_descriptors ? refuse("descriptors need the target 'fd'") : Result<void>();
   }

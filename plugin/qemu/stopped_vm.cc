@@ -16,7 +16,7 @@ Result<double> while_stopped(LiveVm &vm, const Observer &observer, const std::st
     guardian.emplace(std::move(started));
   }
   Handover handover(*vm.qmp, vm.disks, vm.running, kind);
-  QV_TRY(handover.mark(what));
+  QV_TRY(handover.mark(what, vm.marks));
   QV_TRY(check_cancelled(observer));
   const auto stop_begin = Clock::now();
   auto work_on_it = [&]() -> Result<void> {

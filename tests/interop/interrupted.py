@@ -3,13 +3,19 @@ what must hold of guest and images after it."""
 
 import glob
 import os
+import random
 import shutil
 import subprocess
 import time
 
+import bed
 from bed import BedTest
 
 SLOW = ["--limit-rate", "40M"]  # about 90 MiB to write: more than two seconds
+
+
+def rounds(quick, full):
+    return quick if bed.Settings.quick else full
 
 
 class InterruptedTest(BedTest):
@@ -17,6 +23,11 @@ class InterruptedTest(BedTest):
         super().setUp()
         # A copy, so that its processes can be told from those of other runs.
         self.program = shutil.copy(self.built("qvmstate"), self.folder)
+
+    def random_moments(self):
+        """A seed, which a failed round tells, and a generator of random numbers from it."""
+        seed = random.randrange(1 << 32)
+        return seed, random.Random(seed)
 
     def start_tool(self, arguments):
         return subprocess.Popen([self.program, *arguments], stdin=subprocess.DEVNULL,

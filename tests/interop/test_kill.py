@@ -5,29 +5,18 @@ there before loads. With the guardian killed too, `resume` does it."""
 import contextlib
 import ctypes
 import os
-import random
 import signal
 import socket
 import stat
 import time
 
-import bed
 from bed import cases
-from interrupted import SLOW, InterruptedTest
+from interrupted import SLOW, InterruptedTest, rounds
 
 SYS_PIDFD_GETFD = 438
 
 
-def rounds(quick, full):
-    return quick if bed.Settings.quick else full
-
-
 class Kill(InterruptedTest):
-    def random_moments(self):
-        """A generator of random numbers, whose seed a failed round tells."""
-        self.random_seed = random.randrange(1 << 32)
-        return random.Random(self.random_seed)
-
     def start_save_and_wait(self, guest, chance, name, *flags):
         """A slow save, at some moment of it; now and then before the guest is stopped."""
         process = self.start_save(guest, name, *SLOW, *flags)
@@ -52,12 +41,12 @@ class Kill(InterruptedTest):
         guest.fill(7)
         self.save(guest, "before")
         self.save(guest, "k")
-        chance = self.random_moments()
+        random_seed, chance = self.random_moments()
         possible = {7}
         killed = whole = 0
         longest = 0.0
         for i in range(rounds(4, 100)):
-            with self.subTest(random_seed=self.random_seed, round=i):
+            with self.subTest(random_seed=random_seed, round=i):
                 guest.fill(100 + i)
                 possible.add(100 + i)
                 process = self.start_save_and_wait(guest, chance, "k", "--replace")
@@ -130,11 +119,11 @@ class Kill(InterruptedTest):
         guest = self.make_vm("newest", "microvm").start()
         guest.fill(7)
         self.save(guest, "k")
-        chance = self.random_moments()
+        random_seed, chance = self.random_moments()
         seeds = {7}
         stood = 0
         for i in range(rounds(2, 20)):
-            with self.subTest(random_seed=self.random_seed, round=i):
+            with self.subTest(random_seed=random_seed, round=i):
                 guest.fill(100 + i)
                 seeds.add(100 + i)
                 self.kill_both(self.start_save_and_wait(guest, chance, "k", "--replace"))
@@ -170,9 +159,9 @@ class Kill(InterruptedTest):
         guest = self.make_vm("newest", "microvm", plugin=how == "plugin").start()
         guest.fill(7)
         self.save(guest, "before")
-        chance = self.random_moments()
+        random_seed, chance = self.random_moments()
         for i in range(rounds(1, 10)):
-            with self.subTest(random_seed=self.random_seed, round=i):
+            with self.subTest(random_seed=random_seed, round=i):
                 process = self.start_save(guest, "half", *SLOW)
                 self.wait_stopped(guest, process)
                 time.sleep(chance.random() * 1.5)

@@ -79,6 +79,9 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
     report.name = options.name;
     report.ram_bytes = uint64_t{1} << 40;
     report.pause_seconds = 1.25;
+    report.pauses_seconds = {1.25, 0.5};
+    report.writes_served = 12;
+    report.writes_delayed = 3;
     report.disks.push_back({"n0", "/a", "7", true, 99});
     report.warnings.push_back("w");
     return report;
@@ -87,6 +90,7 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
   options.name = "sn\"ap \xc3\xa9";
   options.replace = true;
   options.allow_bitmaps = true;
+  options.live = true;
   options.vmstate_node = "n0";
   options.direct = io::DirectMode::off;
   options.engine = io::Engine::threads;
@@ -102,6 +106,7 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
   EXPECT_EQ(seen.name, options.name);
   EXPECT_TRUE(seen.replace);
   EXPECT_TRUE(seen.allow_bitmaps);
+  EXPECT_TRUE(seen.live);
   EXPECT_EQ(seen.vmstate_node, "n0");
   EXPECT_EQ(seen.direct, io::DirectMode::off);
   EXPECT_EQ(seen.engine, io::Engine::threads);
@@ -109,6 +114,9 @@ TEST_F(ControlTest, OptionsAndReportArriveWhole) {
   EXPECT_EQ(seen.rate_limit_bytes_per_second, 12345U);
   EXPECT_EQ(report->ram_bytes, uint64_t{1} << 40);
   EXPECT_EQ(report->pause_seconds, 1.25);
+  EXPECT_EQ(report->pauses_seconds, (std::vector<double>{1.25, 0.5}));
+  EXPECT_EQ(report->writes_served, 12U);
+  EXPECT_EQ(report->writes_delayed, 3U);
   ASSERT_EQ(report->disks.size(), 1U);
   EXPECT_EQ(report->disks[0].metadata_bytes, 99U);
   EXPECT_EQ(phases, "writing");
@@ -187,8 +195,8 @@ TEST(ControlMessages, WhatIsNotUsedIsNotSentToAnOlderPlugin) {
   SaveOptions options;
   options.name = "x";
   const Json json = to_json(options);
-  for (const char *key :
-       {"layout", "sparse-bitmap", "channels", "to", "descriptors", "allow-bitmaps", "base"}) {
+  for (const char *key : {"layout", "sparse-bitmap", "channels", "to", "descriptors",
+                          "allow-bitmaps", "base", "live"}) {
     EXPECT_FALSE(json.contains(key)) << key;
   }
 }

@@ -41,6 +41,8 @@ TEST(SaveArguments, NameAloneIsASnapshotAsBefore) {
   EXPECT_TRUE(options.replace);
   EXPECT_TRUE(options.allow_bitmaps);
   EXPECT_FALSE(parse("before").command.options.allow_bitmaps);
+  EXPECT_FALSE(options.live);
+  EXPECT_TRUE(parse("before --live").command.options.live);
   EXPECT_EQ(options.vmstate_node, "n0");
   EXPECT_EQ(options.rate_limit_bytes_per_second, 1048576U);
   EXPECT_EQ(options.to, "");
@@ -92,6 +94,9 @@ TEST(SaveArguments, WhatDoesNotGoTogetherIsWrongUsage) {
       {"--fd 7 --direct-fd 7", "are the same descriptor"},
       {"--to file:/f --fd 7 --direct-fd 8", "cannot go with --to file:"},
       {"x --to=", "--to"},
+      {"--to file:/f --live", "--live writes the legacy layout into the VM's own image"},
+      {"x --live --layout mapped-ram", "--live writes the legacy layout"},
+      {"x --live --base b", "--live and --base do not go together"},
       {"--to fd", "--to fd needs --fd and --direct-fd"},
       {"--fd 2 --direct-fd 8", "--fd"},
       {"--fd -1 --direct-fd 8", "--fd"},
