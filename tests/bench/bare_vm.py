@@ -62,6 +62,8 @@ class BareVM:
         self.random_files = random_files
         self.plugin = plugin
         self.all_random = all_random
+        self.extra = []  # arguments of QEMU
+        self.before_start = None  # what its process does first
         self.images = []
         self.process = None
         self.qmp = None
@@ -123,9 +125,11 @@ class BareVM:
             arguments += ["-plugin", f"{self.qemu.inner(self.plugin)},"
                                      f"qmp={self.qemu.inner(self.path('plugin.sock'))},"
                                      f"control={self.qemu.inner(self.path('control.sock'))}"]
+        arguments += self.extra
         with open(self.path("qemu.log"), "wb") as log:
             self.process = subprocess.Popen(self.qemu.command("qemu-system-x86_64", *arguments),
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            preexec_fn=self.before_start)
         deadline = time.monotonic() + 120
         while self.qmp is None:
             if self.process.poll() is not None:

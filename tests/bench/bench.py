@@ -37,6 +37,7 @@ sys.path[:0] = [HERE, os.path.join(SOURCE, "tests", "interop")]
 import abi_case  # noqa: E402  (found through the path set above)
 import extract_case  # noqa: E402
 import incremental_case  # noqa: E402
+import live_case  # noqa: E402
 import offline  # noqa: E402
 import qemus  # noqa: E402
 from bare_vm import LOADED_AT_MIB, PAGE, BareVM, PeakMemory, status_kib  # noqa: E402
@@ -89,7 +90,7 @@ CONTESTANTS = [
     *OURS_MAPPED, MIGRATE, SAVEVM, *ZERO, *SWEEP,
 ]
 OURS = ("plugin", "attach")
-ALL_CASES = "main,large,metadata,incremental,serializer,abi,extract,offline"
+ALL_CASES = "main,large,metadata,incremental,serializer,abi,extract,offline,live"
 
 
 def compared_with(contestant):
@@ -718,6 +719,8 @@ def main():
         if "abi" in cases:
             results["abi"] = abi_case.measure(bench, options.rounds, abi_rows, bars, quiet_machine,
                                               progress)
+        if "live" in cases:
+            results["live"] = live_case.measure(bench, options.rounds, bars, row, progress)
         if "offline" in cases:
             results["offline"] = offline.measure(bench, options.rounds, bars, quiet_machine, row)
     finally:
