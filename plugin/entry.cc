@@ -58,12 +58,13 @@ struct Plugin {
   std::string qmp_path;
   int wake = -1;
   std::atomic<bool> end = false;
+  KnownRam known_ram = {};  // of the thread that serves
 };
 
 void run(Plugin &plugin) {
   ControlOperations operations;
   operations.save = [&](const SaveOptions &options, const Observer &observer) {
-    auto report = save(plugin.qmp_path, options, observer, Seat::plugin);
+    auto report = save(plugin.qmp_path, options, observer, Seat::plugin, &plugin.known_ram);
     if (!report) {
       log().warn("save '{}': {}", options.name, report.error().message);
     }

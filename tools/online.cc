@@ -66,8 +66,10 @@ std::string save_summary(const qemu::SaveReport &report) {
   const std::string shared =
       report.base.empty()
           ? ""
-          : fmt::format(", {} of {} groups shared with '{}'", report.shared_groups,
-                        report.shared_groups + report.written_groups, printable(report.base));
+          : fmt::format(", {} of {} groups shared with '{}', {} read{}", report.shared_groups,
+                        report.shared_groups + report.written_groups, printable(report.base),
+                        report.read_groups,
+                        report.untracked.empty() ? "" : " (" + printable(report.untracked) + ")");
   return fmt::format("saved '{}': {} RAM, {} written in {} ({}){}, {}\n",
                      printable(report.target.empty() ? report.name : report.target),
                      format_size(report.ram_bytes), format_size(report.written_bytes),
@@ -104,6 +106,9 @@ Json save_json(const qemu::SaveReport &report, const Warnings &warnings) {
           {"group-bytes", report.group_bytes},
           {"written-groups", report.written_groups},
           {"shared-groups", report.shared_groups},
+          {"read-groups", report.read_groups},
+          {"tracked-groups", report.tracked_groups},
+          {"untracked", report.untracked},
           {"target", report.target},
           {"channels", report.channels},
           {"target-bytes", report.target_bytes},

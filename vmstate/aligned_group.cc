@@ -44,6 +44,19 @@ uint64_t pages_per_group(uint64_t group_bytes) {
   return (group_bytes - others) / group_page_stride;
 }
 
+uint64_t groups_in(const RamBlock &block, uint64_t group_bytes) {
+  return divide_up(block.used_bytes / aligned_page_bytes, pages_per_group(group_bytes));
+}
+
+KnownGroups nothing_known(std::span<const RamBlock> blocks, uint64_t group_bytes) {
+  KnownGroups groups;
+  groups.reserve(blocks.size());
+  for (const RamBlock &block : blocks) {
+    groups.emplace_back(groups_in(block, group_bytes));
+  }
+  return groups;
+}
+
 uint64_t filling_bytes_min(const RamBlock &block) {
   return named_zero_bytes(block.idstr.size()) + difference_bytes_min;
 }

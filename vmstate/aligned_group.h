@@ -14,10 +14,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <vector>
 
 #include "qcow2/io/offsets.h"
 #include "vmstate/ram_source.h"
+#include "vmstate/state_checksum.h"
 
 namespace qvmstate::vmstate {
 
@@ -26,6 +29,19 @@ constexpr uint64_t group_bytes_min = 64 * kib;
 
 /// Pages of a group, but of the last one of a block: 15 in 64 KiB.
 uint64_t pages_per_group(uint64_t group_bytes);
+/// How many a block has.
+uint64_t groups_in(const RamBlock &block, uint64_t group_bytes);
+
+/// What the pages of a group are.
+struct Group {
+  enum class Kind : uint8_t { untouched, zero, data };
+  Kind kind = Kind::untouched;
+  Digest digest = {};  ///< of data: of the group's bytes
+};
+
+/// What is known of the groups of some blocks: of each block its groups; nullopt: nothing.
+using KnownGroups = std::vector<std::vector<std::optional<Group>>>;
+KnownGroups nothing_known(std::span<const RamBlock> blocks, uint64_t group_bytes);
 
 struct GroupPlace {
   const RamBlock *block = nullptr;

@@ -24,13 +24,6 @@ constexpr size_t zero_record_bytes = 8 + 1;
 constexpr size_t zero_records_at_once = 512;
 constexpr uint64_t groups_at_once = 1024;  // looked at before those that changed are written
 
-/// What a group is.
-struct Group {
-  enum class Kind : uint8_t { untouched, zero, data };
-  Kind kind = Kind::untouched;
-  Digest digest = {};  ///< of data
-};
-
 /// Makes groups of RAM. Threads: one at a time.
 class GroupReader {
  public:
@@ -129,12 +122,16 @@ class AlignedWriter {
         group_bytes_(options.group_bytes),
         pages_per_group_(pages_per_group(options.group_bytes)),
         base_(options.base),
+        groups_(options.groups != nullptr ? *options.groups : own_groups_),
         hook_(hook),
         digest_(options.group_bytes),
         scratch_(options.group_bytes) {
     readers_.emplace_back(ram, options.group_bytes);
     for (RamSource *again : options.ram_again) {
       readers_.emplace_back(*again, options.group_bytes);
+    }
+    if (options.groups == nullptr) {
+      own_groups_ = nothing_known(ram.blocks(), options.group_bytes);
     }
   }
 
@@ -184,18 +181,14 @@ class AlignedWriter {
   }
 
   Result<void> put_groups(size_t block) {
-    const uint64_t pages = ram_.blocks()[block].used_bytes / aligned_page_bytes;
-    const uint64_t groups = divide_up(pages, pages_per_group_);
-    zero_groups_.emplace_back(groups);
+    const uint64_t groups = groups_[block].size();
+    assert(groups == groups_in(ram_.blocks()[block], group_bytes_));
     for (uint64_t begin = 0; begin < groups; begin += groups_at_once) {
-      const uint64_t count = std::min(groups - begin, groups_at_once);
-      looked_at_.clear();
-      if (base_ != nullptr) {
-        QV_TRY(look_at(block, begin, count));
-      }
-      for (uint64_t i = 0; i < count; ++i) {
-        QV_TRY(put_group(block, begin + i, looked_at_.empty() ? nullptr : &looked_at_[i]));
-        QV_TRY(report(place_of(block, begin + i).pages));
+      const uint64_t end = std::min(groups, begin + groups_at_once);
+      QV_TRY(look_at(block, begin, end));
+      for (uint64_t i = begin; i < end; ++i) {
+        QV_TRY(put_group(block, i));
+        QV_TRY(report(place_of(block, i).pages));
       }
     }
     return {};
@@ -208,16 +201,28 @@ class AlignedWriter {
     return {&described, first, std::min(pages_per_group_, pages - first)};
   }
 
-  /// What groups are, found out by as many threads as there are readers. Those that turn out to be
-  /// others than in the base are read once more, to be written.
-  Result<void> look_at(size_t block, uint64_t begin, uint64_t count) {
-    looked_at_.resize(count);
-    const uint64_t share = divide_up(count, readers_.size());
+  /// What groups are of which that is not known, found out by as many threads as there are readers.
+  /// Those that turn out to be others than in the base are read once more, to be written. Where the
+  /// most are known, the others are likely to have changed, and are only read then.
+  Result<void> look_at(size_t block, uint64_t begin, uint64_t end) {
+    std::vector<std::optional<Group>> &groups = groups_[block];
+    looked_at_.clear();
+    for (uint64_t i = begin; i < end; ++i) {
+      if (!groups[i]) {
+        looked_at_.push_back(i);
+      }
+    }
+    if (base_ == nullptr || looked_at_.size() < (end - begin) / 2) {
+      looked_at_.clear();
+      return {};
+    }
+    const size_t share = divide_up(looked_at_.size(), readers_.size());
     std::vector<Result<void>> results(readers_.size());
     const auto look = [&](size_t reader) -> Result<void> {
-      const uint64_t end = std::min(count, (reader + 1) * share);
-      for (uint64_t i = reader * share; i < end; ++i) {
-        QV_ASSIGN(looked_at_[i], readers_[reader].look_at(block, place_of(block, begin + i)));
+      const size_t last = std::min(looked_at_.size(), (reader + 1) * share);
+      for (size_t i = reader * share; i < last; ++i) {
+        QV_ASSIGN(groups[looked_at_[i]],
+                  readers_[reader].look_at(block, place_of(block, looked_at_[i])));
       }
       return {};
     };
@@ -242,38 +247,51 @@ class AlignedWriter {
     for (Result<void> &result : results) {
       QV_TRY(result);
     }
+    stats_.read_groups += static_cast<uint64_t>(std::ranges::count_if(
+        looked_at_, [&](uint64_t i) { return groups[i]->kind != Group::Kind::untouched; }));
     return {};
   }
 
-  Result<void> put_group(size_t block, uint64_t number, const Group *known) {
+  Result<void> put_group(size_t block, uint64_t number) {
     const GroupPlace place = place_of(block, number);
-    if (known != nullptr && (known->kind != Group::Kind::data || base_->share(known->digest))) {
-      note(block, number, *known);
-      if (known->kind == Group::Kind::data) {
-        shared_.push_back(known->digest);
-      }
+    std::optional<Group> &group = groups_[block][number];
+    const bool looked_at = std::ranges::binary_search(looked_at_, number);
+    if (group && can_leave_out(*group)) {
+      stats_.known_groups += looked_at ? 0 : 1;
+      count(group->kind, place.pages);
       return {};
     }
     // Where it goes if it is written, so that it need not be copied there.
     QV_ASSIGN(const std::span<std::byte> room, out_.space());
     const bool in_place = room.size() >= group_bytes_;
     const std::span<std::byte> bytes = in_place ? room.first(group_bytes_) : std::span(scratch_);
-    QV_ASSIGN(const Group group, readers_[0].read(block, place, bytes));
-    note(block, number, group);
-    if (group.kind != Group::Kind::data) {
+    QV_ASSIGN(group, readers_[0].read(block, place, bytes));
+    stats_.read_groups += looked_at || group->kind == Group::Kind::untouched ? 0 : 1;
+    count(group->kind, place.pages);
+    if (can_leave_out(*group)) {
       return {};
     }
     stats_.written_groups += 1;
-    digest_.add_piece(group.digest);
+    digest_.add_piece(group->digest);
     return in_place ? out_.advance(group_bytes_) : out_.put(bytes);
   }
 
-  void note(size_t block, uint64_t number, const Group &group) {
-    const uint64_t pages = place_of(block, number).pages;
-    zero_groups_[block][number] = group.kind != Group::Kind::data;
-    (group.kind == Group::Kind::data   ? stats_.data_pages
-     : group.kind == Group::Kind::zero ? stats_.zero_pages
-                                       : stats_.untouched_pages) += pages;
+  /// It is no data, or stands in the base, whose clusters are shared then.
+  bool can_leave_out(const Group &group) {
+    if (group.kind != Group::Kind::data) {
+      return true;
+    }
+    if (base_ == nullptr || !base_->share(group.digest)) {
+      return false;
+    }
+    shared_.push_back(group.digest);
+    return true;
+  }
+
+  void count(Group::Kind kind, uint64_t pages) {
+    (kind == Group::Kind::data   ? stats_.data_pages
+     : kind == Group::Kind::zero ? stats_.zero_pages
+                                 : stats_.untouched_pages) += pages;
   }
 
   Result<void> put_shared() {
@@ -294,7 +312,7 @@ class AlignedWriter {
     StreamPart records;
     bool named = false;
     for (uint64_t page = 0; page < pages; ++page) {
-      if (!zero_groups_[block][page / pages_per_group_]) {
+      if (groups_[block][page / pages_per_group_]->kind == Group::Kind::data) {
         continue;
       }
       records.add(page * aligned_page_bytes | ram_zero | (named ? ram_continue : 0));
@@ -348,13 +366,14 @@ class AlignedWriter {
   const uint64_t group_bytes_;
   const uint64_t pages_per_group_;
   BaseState *const base_;
+  KnownGroups own_groups_;
+  KnownGroups &groups_;
   const RamHook &hook_;
   StreamStats stats_;
   StreamDigest digest_;  // of the stream
   std::vector<GroupReader> readers_;
-  std::vector<Group> looked_at_;                // of some groups, one after the other
-  std::vector<std::byte> scratch_;              // a group
-  std::vector<std::vector<bool>> zero_groups_;  // of each block
+  std::vector<std::byte> scratch_;   // a group
+  std::vector<uint64_t> looked_at_;  // groups of the block that is being written
   std::vector<Digest> shared_;
   uint64_t done_bytes_ = 0;
   uint64_t reported_bytes_ = 0;

@@ -16,6 +16,7 @@
 
 #include "qcow2/io/result.h"
 #include "qcow2/io/stream_buffer.h"
+#include "vmstate/aligned_group.h"
 #include "vmstate/base_state.h"
 #include "vmstate/ram_source.h"
 #include "vmstate/stream_parts.h"
@@ -25,6 +26,9 @@ namespace qvmstate::vmstate {
 struct AlignedOptions {
   uint64_t group_bytes = 0;   ///< aligned_group.h
   BaseState *base = nullptr;  ///< what can be shared, if anything
+  /// Of all blocks. What is known before is believed, and read only where it has to be written; in
+  /// the end all is known.
+  KnownGroups *groups = nullptr;
   /// The same RAM once more for each further thread that looks for what is other than in the base.
   std::vector<RamSource *> ram_again = {};
 };

@@ -19,6 +19,7 @@ struct RamBlock {
   std::string idstr;           ///< 1 to 255 bytes
   uint64_t used_bytes = 0;     ///< used length: what the stream announces; a multiple of 4096
   uint64_t page_bytes = 4096;  ///< host page size of the block's memory
+  bool operator==(const RamBlock &) const = default;
 };
 
 /// A part of a block, in whole pages.

@@ -38,6 +38,8 @@ struct StreamStats {
   uint64_t copied_bytes = 0;                   ///< RAM bytes copied by this process
   uint64_t written_groups = 0;                 ///< of the layout stream-aligned
   uint64_t shared_groups = 0;                  ///< the same, that stand in the base already
+  uint64_t read_groups = 0;                    ///< whose pages were read
+  uint64_t known_groups = 0;                   ///< that were not, as it was known what they are
   std::optional<StateChecksum> checksum = {};  ///< if it was wanted
 };
 

@@ -192,6 +192,9 @@ Json to_json(const SaveReport &report) {
           {"group-bytes", report.group_bytes},
           {"written-groups", report.written_groups},
           {"shared-groups", report.shared_groups},
+          {"read-groups", report.read_groups},
+          {"tracked-groups", report.tracked_groups},
+          {"untracked", report.untracked},
           {"target", report.target},
           {"channels", report.channels},
           {"target-bytes", report.target_bytes},
@@ -227,6 +230,9 @@ SaveReport save_report_from(const Json &value) {
   report.group_bytes = number_at(value, "group-bytes");
   report.written_groups = number_at(value, "written-groups");
   report.shared_groups = number_at(value, "shared-groups");
+  report.read_groups = number_at(value, "read-groups");
+  report.tracked_groups = number_at(value, "tracked-groups");
+  report.untracked = text_at(value, "untracked");
   report.target = text_at(value, "target");
   report.channels = static_cast<unsigned>(number_at(value, "channels"));
   report.target_bytes = number_at(value, "target-bytes");

@@ -52,14 +52,7 @@ class PagePool {
 
 class LiveRam : public vmstate::RamSource, private vmstate::RamOrder {
  public:
-  /// Whether the blocks are of memory that can be protected: private and anonymous.
-  static Result<void> check_kind(std::span<const HostRamBlock> blocks);
-  /// Whether KSM leaves them alone: it maps the pages that it merges anew, without their
-  /// protection, so that the next write is not seen. Where it runs this takes long (48 ms with
-  /// 8 GiB in small pages): not while the guest stands.
-  static Result<void> check_not_merged(std::span<const HostRamBlock> blocks,
-                                       const std::string &ksm_run = "/sys/kernel/mm/ksm/run");
-  /// Protects. The guest stands.
+  /// Protects memory that can be (protectable_ram.h). The guest stands.
   static Result<std::unique_ptr<LiveRam>> begin(std::vector<HostRamBlock> blocks,
                                                 WriteProtection protection);
   /// Releases everything.

@@ -77,8 +77,11 @@ struct SaveReport {
   uint64_t group_bytes = 0;   ///< of the layout stream-aligned
   uint64_t written_groups = 0;
   uint64_t shared_groups = 0;  ///< with the base
-  uint64_t written_bytes = 0;  ///< to all images
-  double pause_seconds = 0;    ///< from before `stop` until `cont` was answered; the longest
+  uint64_t read_groups = 0;
+  uint64_t tracked_groups = 0;  ///< not read, as nothing wrote to them since the save before
+  std::string untracked;        ///< why writes could not be tracked; empty: they can, or attached
+  uint64_t written_bytes = 0;   ///< to all images
+  double pause_seconds = 0;     ///< from before `stop` until `cont` was answered; the longest
   std::vector<double> pauses_seconds;  ///< all of them: two of a live save
   uint64_t writes_served = 0;          ///< pieces of RAM copied because the guest wrote to them
   uint64_t writes_delayed = 0;         ///< those for which it had to wait longer

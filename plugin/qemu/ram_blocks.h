@@ -20,6 +20,7 @@ namespace qvmstate::qemu {
 struct HostRamBlock {
   vmstate::RamBlock block;
   std::optional<uint64_t> address;
+  bool operator==(const HostRamBlock &) const = default;
 };
 
 /// Parses the output of `info ramblock`. Blocks without a name are left out.

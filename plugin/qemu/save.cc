@@ -185,6 +185,18 @@ unsigned sources_for(const SaveContext &context) {
                                        : vmstate::default_channels(context.ram.total_bytes);
 }
 
+/// The guest stands.
+vmstate::KnownGroups known_groups(SaveContext &context, const GuestRam &ram, uint64_t group_bytes) {
+  if (context.known_ram != nullptr) {
+    auto known = context.known_ram->begin_save(ram, group_bytes);
+    if (known) {
+      return *std::move(known);
+    }
+    context.report.untracked = known.error().message;
+  }
+  return vmstate::nothing_known(ram.source->blocks(), group_bytes);
+}
+
 /// The guest stands and the images are ours until this returns.
 Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> device_bytes) {
   SaveReport &report = context.report;
@@ -230,8 +242,11 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
                         .fixed = &area,
                         .all_pages_present = !options.sparse_bitmap,
                         .checksum = true};
+  vmstate::KnownGroups groups;
   if (layout_of(options) == SaveLayout::stream_aligned) {
     target.group_bytes = group_bytes_of(*images[context.vmstate_disk]);
+    groups = known_groups(context, ram.front(), target.group_bytes);
+    target.groups = &groups;
   }
   std::optional<vmstate::BaseState> shared;
   if (base) {
@@ -274,6 +289,9 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
                   {"committing", stats.ram_bytes, stats.ram_bytes, written_bytes(),
                    seconds_between(context.begin, Clock::now())});
   QV_TRY(transaction->commit(stats.stream_bytes));
+  if (context.known_ram != nullptr && target.groups != nullptr) {
+    context.known_ram->end_save(std::move(groups));
+  }
 
   report_stats(stats, target, report);
   for (size_t i = 0; i < images.size(); ++i) {
@@ -287,7 +305,7 @@ Result<void> write_snapshot(SaveContext &context, std::span<const std::byte> dev
 }
 
 Result<SaveReport> save_snapshot(LiveVm &vm, const SaveOptions &options, const Observer &observer,
-                                 Seat seat, Clock::time_point begin) {
+                                 Seat seat, Clock::time_point begin, KnownRam *known_ram) {
   const bool mapped_ram = options.layout == SaveLayout::mapped_ram;
   SaveReport report = begin_report(vm, options, seat);
   QV_TRY(look_at(vm));
@@ -312,10 +330,11 @@ Result<SaveReport> save_snapshot(LiveVm &vm, const SaveOptions &options, const O
   std::optional<WriteProtection> protection;
   if (options.live) {
     QV_ASSIGN(protection, check_live(vm, vm.disks[vmstate_disk], options.direct, seat));
+    known_ram->forget();  // RAM can be protected by one only
   }
   const unsigned channels = channels_for(options, ram.total_bytes);
-  SaveContext context = {vm,   options, observer, machine,  vmstate_disk,
-                         seat, begin,   ram,      channels, report};
+  SaveContext context = {vm,    options, observer, machine, vmstate_disk, seat,
+                         begin, ram,     channels, report,  known_ram};
   if (protection) {
     QV_TRY(save_live(context, *std::move(protection)));
   } else {
@@ -334,14 +353,14 @@ Result<SaveReport> save_snapshot(LiveVm &vm, const SaveOptions &options, const O
 }  // namespace
 
 Result<SaveReport> save(const std::string &qmp_path, const SaveOptions &options,
-                        const Observer &observer, Seat seat) {
+                        const Observer &observer, Seat seat, KnownRam *known_ram) {
   const auto begin = Clock::now();
   GivenDescriptors given(options);  // first of all: its numbers would be used again
   QV_TRY(check_save_options(options));
   report_progress(observer, {"looking", 0, 0, 0, 0});
   QV_ASSIGN(LiveVm vm, connect_vm(qmp_path));
   QV_TRY(check_seat(vm, seat));
-  return options.to.empty() ? save_snapshot(vm, options, observer, seat, begin)
+  return options.to.empty() ? save_snapshot(vm, options, observer, seat, begin, known_ram)
                             : save_file(vm, options, given, observer, seat, begin);
 }
 
@@ -392,7 +411,7 @@ Result<DeleteReport> delete_snapshot(const std::string &qmp_path, const std::str
 
 Result<SaveReport> save_by_attach(const std::string &qmp_path, const SaveOptions &options,
                                   const Observer &observer) {
-  return save(qmp_path, options, observer, Seat::attached);
+  return save(qmp_path, options, observer, Seat::attached, nullptr);
 }
 
 Result<DeleteReport> delete_live(const std::string &qmp_path, const std::string &name,

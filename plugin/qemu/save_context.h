@@ -6,6 +6,7 @@
 
 #include "plugin/qemu/guest_ram.h"
 #include "plugin/qemu/handover.h"
+#include "plugin/qemu/known_ram.h"
 #include "plugin/qemu/live_vm.h"
 #include "plugin/qemu/operations.h"
 #include "plugin/qemu/preflight.h"
@@ -26,6 +27,7 @@ struct SaveContext {
   RamEstimate ram;  // shortly before the stop
   unsigned channels;
   SaveReport &report;
+  KnownRam *known_ram;  // nullptr: attached
 };
 
 qcow2::Bitmaps bitmaps_of(const SaveOptions &options);

@@ -1,5 +1,7 @@
 #include "plugin/qemu/save_live.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -8,6 +10,7 @@
 #include "plugin/qemu/live_ram.h"
 #include "plugin/qemu/marks.h"
 #include "plugin/qemu/process_files.h"
+#include "plugin/qemu/protectable_ram.h"
 #include "plugin/qemu/stopped_vm.h"
 #include "qcow2/header.h"
 #include "qcow2/image_set.h"
@@ -15,6 +18,20 @@
 
 namespace qvmstate::qemu {
 namespace {
+
+/// The way out of what --live needs and cannot have.
+template <class T>
+Result<T> or_without_live(Result<T> result) {
+  if (!result) {
+    result.error().message += "; or save without --live";
+  }
+  return result;
+}
+
+Result<void> check_kind(const std::vector<HostRamBlock> &blocks) {
+  QV_ASSIGN(const MemoryMap map, MemoryMap::read(::getpid(), blocks));
+  return or_without_live(check_protectable(blocks, map));
+}
 
 /// No stream of this RAM can be longer, in whatever order the pages come.
 uint64_t stream_bytes_limit(std::span<const vmstate::RamBlock> blocks, uint64_t device_bytes,
@@ -121,7 +138,7 @@ class LiveSave {
     QV_ASSIGN(sections_, vmstate::split_device_sections(device_bytes_));
     QV_ASSIGN(const uint64_t clock_nanos, vmstate::vm_clock_nanos(sections_));
     QV_ASSIGN(blocks_, ram_blocks_from_inside(*context_.vm.qmp));
-    QV_TRY(LiveRam::check_kind(blocks_));  // once more: memory may have been plugged since
+    QV_TRY(check_kind(blocks_));  // once more: memory may have been plugged since
     QV_ASSIGN(OwnedImages owned, own_images(context_, metadata_options()));
     QV_ASSIGN(auto live, LiveRam::begin(blocks_, std::move(protection)));
     const qcow2::NewSnapshot snapshot = new_snapshot(context_.options, clock_nanos);
@@ -166,7 +183,7 @@ class LiveSave {
       return tl::unexpected(with_context(written.error(), describe(disk())));
     }
     QV_TRY(file->sync());
-    QV_TRY(LiveRam::check_not_merged(blocks_));  // KSM may have been switched on
+    QV_TRY(or_without_live(check_not_merged(blocks_)));  // KSM may have been switched on
     QV_ASSIGN(const LiveRam::Statistics statistics, live_->finish());
     stats_ = *written;
     SaveReport &report = context_.report;
@@ -260,9 +277,9 @@ Result<WriteProtection> check_live(LiveVm &vm, const Disk &disk, io::DirectMode 
                     "), which could be unplugged while they are read; save without --live");
   }
   QV_ASSIGN(const std::vector<HostRamBlock> blocks, ram_blocks_from_inside(*vm.qmp));
-  QV_TRY(LiveRam::check_kind(blocks));
-  QV_TRY(LiveRam::check_not_merged(blocks));
-  return WriteProtection::open();
+  QV_TRY(check_kind(blocks));
+  QV_TRY(or_without_live(check_not_merged(blocks)));
+  return or_without_live(WriteProtection::open());
 }
 
 Result<void> save_live(SaveContext &context, WriteProtection protection) {

@@ -95,7 +95,8 @@ Result<vmstate::StreamStats> write_sequential(const StateTarget &target,
   const vmstate::LoadOrder order = vmstate::qemu_load_order(devices);
   const vmstate::RamHook ram_done = [&](uint64_t bytes) { return pace.ram_done(bytes); };
   if (is_aligned) {
-    vmstate::AlignedOptions aligned = {.group_bytes = target.group_bytes, .base = target.base};
+    vmstate::AlignedOptions aligned = {
+        .group_bytes = target.group_bytes, .base = target.base, .groups = target.groups};
     for (size_t i = 1; i < ram.size(); ++i) {
       aligned.ram_again.push_back(ram[i].source.get());
     }
@@ -221,6 +222,8 @@ void report_stats(const vmstate::StreamStats &stats, const StateTarget &target,
   report.group_bytes = target.group_bytes;
   report.written_groups = stats.written_groups;
   report.shared_groups = stats.shared_groups;
+  report.read_groups = stats.read_groups;
+  report.tracked_groups = stats.known_groups;
   report.channels = std::max<unsigned>(1, target.channels.size());
   const io::Backend &backend =
       (target.channels.empty() ? *target.file : *target.channels.front()).backend();

@@ -14,6 +14,7 @@
 #include "qcow2/io/buffer_pool.h"
 #include "qcow2/io/file.h"
 #include "qcow2/io/placement.h"
+#include "vmstate/aligned_group.h"
 #include "vmstate/base_state.h"
 #include "vmstate/device_sections.h"
 #include "vmstate/stream_parts.h"
@@ -35,15 +36,16 @@ unsigned channels_for(const SaveOptions &options, uint64_t ram_bytes);
 constexpr uint64_t device_bytes_expected = 16 * mib;
 
 struct StateTarget {
-  io::File *file = nullptr;               ///< for all but the channels
-  std::vector<io::File *> channels = {};  ///< none: a stream from its begin to its end
-  io::Placement *sequential = nullptr;    ///< for that
-  uint64_t group_bytes = 0;               ///< the stream is stream-aligned, in groups of these
-  vmstate::BaseState *base = nullptr;     ///< what it can share, if anything
-  io::FixedPlacement *fixed = nullptr;    ///< for mapped-ram
-  uint64_t start_bytes = 0;               ///< of the stream in a plain file
-  bool all_pages_present = false;         ///< see MappedWriteOptions
-  bool checksum = false;                  ///< of the stream, for StreamStats::checksum
+  io::File *file = nullptr;                ///< for all but the channels
+  std::vector<io::File *> channels = {};   ///< none: a stream from its begin to its end
+  io::Placement *sequential = nullptr;     ///< for that
+  uint64_t group_bytes = 0;                ///< the stream is stream-aligned, in groups of these
+  vmstate::BaseState *base = nullptr;      ///< what it can share, if anything
+  vmstate::KnownGroups *groups = nullptr;  ///< see AlignedOptions
+  io::FixedPlacement *fixed = nullptr;     ///< for mapped-ram
+  uint64_t start_bytes = 0;                ///< of the stream in a plain file
+  bool all_pages_present = false;          ///< see MappedWriteOptions
+  bool checksum = false;                   ///< of the stream, for StreamStats::checksum
   /// A plain file is made as long as it will be first: writes past a file's end wait for each
   /// other.
   bool grows = false;

@@ -14,14 +14,10 @@
 #include <span>
 
 #include "plugin/qemu/descriptor.h"
+#include "plugin/qemu/userfaultfd.h"
 #include "qcow2/io/result.h"
 
 namespace qvmstate::qemu {
-
-struct MemoryRange {
-  uint64_t address = 0;  ///< multiples of 4096
-  uint64_t bytes = 0;
-};
 
 class WriteProtection {
  public:

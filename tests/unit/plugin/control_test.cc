@@ -174,6 +174,9 @@ TEST_F(ControlTest, ABaseAndWhatIsSharedWithItArriveWhole) {
     report.group_bytes = 65536;
     report.written_groups = 5;
     report.shared_groups = uint64_t{1} << 40;
+    report.read_groups = 6;
+    report.tracked_groups = uint64_t{1} << 41;
+    report.untracked = "of a whim";
     return report;
   };
   SaveOptions options;
@@ -189,6 +192,9 @@ TEST_F(ControlTest, ABaseAndWhatIsSharedWithItArriveWhole) {
   EXPECT_EQ(report->group_bytes, 65536U);
   EXPECT_EQ(report->written_groups, 5U);
   EXPECT_EQ(report->shared_groups, uint64_t{1} << 40);
+  EXPECT_EQ(report->read_groups, 6U);
+  EXPECT_EQ(report->tracked_groups, uint64_t{1} << 41);
+  EXPECT_EQ(report->untracked, "of a whim");
 }
 
 TEST(ControlMessages, WhatIsNotUsedIsNotSentToAnOlderPlugin) {

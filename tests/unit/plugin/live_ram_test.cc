@@ -8,35 +8,18 @@
 
 #include <atomic>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <random>
 
-#include "qcow2/io/offsets.h"
+#include "tests/unit/plugin/memory.h"
 
 namespace qvmstate::qemu {
 namespace {
 
-constexpr size_t page = 4096;
-constexpr size_t unit = 2 * mib;
-constexpr int skipped = 77;
+using test::Memory;
+using test::page;
 
-struct Memory {
-  Memory(size_t bytes, bool huge, bool shared = false) : size(bytes) {
-    const int flags = (shared ? MAP_SHARED : MAP_PRIVATE) | MAP_ANONYMOUS;
-    data = static_cast<std::byte *>(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0));
-    if (data == MAP_FAILED) {
-      std::abort();
-    }
-    ::madvise(data, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-  }
-  ~Memory() { ::munmap(data, size); }
-  HostRamBlock block(const std::string &name) const {
-    return {{name, size, page}, reinterpret_cast<uint64_t>(data)};
-  }
-  std::byte *data;
-  size_t size;
-};
+constexpr size_t unit = test::huge_page;
+constexpr int skipped = 77;
 
 /// All of the RAM, in the order that it wants, up to `units` of it.
 Result<void> read(LiveRam &live, std::vector<std::vector<std::byte>> &to, uint64_t units) {
@@ -190,40 +173,6 @@ TEST_F(LiveRamTest, MemoryTakenAwayIsNoticed) {
       EXPECT_NE(finished.error().message.find("taken from the guest"), std::string::npos);
     }
   }
-}
-
-TEST(LiveRam, RefusesSharedMemory) {
-  const Memory memory(unit, false, true);
-  const std::vector<HostRamBlock> blocks{memory.block("pc.ram")};
-  const auto refused = LiveRam::check_kind(blocks);
-  ASSERT_FALSE(refused);
-  EXPECT_EQ(refused.error().code, ErrorCode::not_supported);
-  EXPECT_NE(refused.error().message.find("'pc.ram' is shared memory"), std::string::npos);
-}
-
-// Whether KSM runs says a file of the test's own.
-TEST(LiveRam, RefusesMergedMemory) {
-  const Memory memory(unit, false);
-  const std::vector<HostRamBlock> blocks{memory.block("pc.ram")};
-  const std::string run = testing::TempDir() + "ksm-run-" + std::to_string(::getpid());
-  const auto check = [&](const std::string &state) {
-    std::ofstream(run) << state << "\n";
-    return LiveRam::check_not_merged(blocks, run);
-  };
-  const bool allowed_at_first = check("1").has_value();
-  const bool has_ksm = ::madvise(memory.data, memory.size, MADV_MERGEABLE) == 0;
-  const bool allowed_without = check("0") && check("2");  // stopped; and everything unmerged
-  const auto refused = check("1");
-  std::filesystem::remove(run);
-  EXPECT_TRUE(allowed_at_first);
-  EXPECT_TRUE(allowed_without);
-  if (!has_ksm) {
-    GTEST_SKIP() << "no KSM in this kernel";
-  }
-  ASSERT_FALSE(refused);
-  EXPECT_EQ(refused.error().code, ErrorCode::not_supported);
-  EXPECT_NE(refused.error().message.find("'pc.ram'"), std::string::npos);
-  EXPECT_NE(refused.error().message.find("mem-merge=off"), std::string::npos);
 }
 
 TEST(WriteProtection, RefusalNamesTheWaysOut) {

@@ -54,9 +54,9 @@ class BaseStateTest : public testing::Test {
         static_cast<size_t>(qcow2::find_snapshot(image_->snapshots(), name)));
   }
 
-  /// As a save does it, `threads` of which look for what has changed.
+  /// As a save does it, `threads` of which look for what has changed, as far as it is not known.
   Result<StreamStats> save(const std::string &name, const std::string &base = {},
-                           size_t threads = 1) {
+                           size_t threads = 1, KnownGroups *groups = nullptr) {
     std::optional<StateChecksum> checksum;
     std::vector<Digest> digests;
     std::optional<qcow2::SetBase> shared;
@@ -69,7 +69,7 @@ class BaseStateTest : public testing::Test {
     added.name = name;
     QV_ASSIGN(auto set, qcow2::SetSave::begin({image_.get()}, 0, added, true, shared));
     std::optional<BaseState> state;
-    AlignedOptions options = {.group_bytes = 64 * kib};
+    AlignedOptions options = {.group_bytes = 64 * kib, .groups = groups};
     if (shared) {
       options.base = &state.emplace(*checksum, digests, set->vmstate());
       options.ram_again.assign(threads - 1, &ram_);
@@ -153,6 +153,65 @@ TEST_F(BaseStateTest, WhatIsTheSameIsShared) {
   ASSERT_TRUE(qcow2::test::remove(*image_, "two", true));
   EXPECT_EQ(qcow2::test::check_complaint(path_), "");
   expect_holds("three", ram_);
+}
+
+// The same stream comes of what is known as of what is read, with a base and without; and what is
+// known is not read.
+TEST_F(BaseStateTest, WhatIsKnownIsNotRead) {
+  KnownGroups groups = nothing_known(ram_.blocks(), 64 * kib);
+  const auto first = save("one", {}, 1, &groups);
+  ASSERT_TRUE(first) << first.error().message;
+  EXPECT_EQ(first->read_groups, 40U);  // two were never touched
+  EXPECT_EQ(first->known_groups, 0U);
+  // One changes, one becomes zeros, one is not zeros any more.
+  ram_.memory(0)[10 * group_pages * page + 5] ^= std::byte{1};
+  std::memset(ram_.memory(0).data() + 20 * group_pages * page, 0, group_pages * page);
+  ram_.memory(0)[5 * group_pages * page] = std::byte{1};
+  const auto expected = save("expected", "one");
+  ASSERT_TRUE(expected) << expected.error().message;
+  EXPECT_EQ(expected->read_groups, 40U);
+  EXPECT_EQ(expected->known_groups, 0U);
+  for (const size_t threads : {1U, 3U}) {
+    SCOPED_TRACE(threads);
+    KnownGroups known = groups;
+    for (const uint64_t group : {10U, 20U, 5U}) {
+      known[0][group].reset();
+    }
+    const auto second = save("two", "one", threads, &known);
+    ASSERT_TRUE(second) << second.error().message;
+    EXPECT_EQ(second->checksum, expected->checksum);
+    EXPECT_EQ(second->read_groups, 3U);
+    EXPECT_EQ(second->known_groups, 39U);
+    EXPECT_EQ(second->written_groups, 2U);
+    EXPECT_EQ(second->shared_groups, 37U);
+    EXPECT_EQ(second->data_pages, expected->data_pages);
+    EXPECT_EQ(second->zero_pages, expected->zero_pages);
+    EXPECT_EQ(second->untouched_pages, expected->untouched_pages);
+    expect_holds("two", ram_);
+    // All is known now, so that only that is read which has to be written.
+    const auto third = save("three", "one", threads, &known);
+    ASSERT_TRUE(third) << third.error().message;
+    EXPECT_EQ(third->checksum, expected->checksum);
+    EXPECT_EQ(third->read_groups, 2U);
+    EXPECT_EQ(third->written_groups, 2U);
+    const auto whole = save("four", {}, threads, &known);
+    ASSERT_TRUE(whole) << whole.error().message;
+    EXPECT_EQ(whole->checksum->stream_bytes, expected->checksum->stream_bytes);
+    EXPECT_EQ(whole->read_groups, 39U);
+    EXPECT_EQ(whole->known_groups, 3U);
+    EXPECT_EQ(whole->written_groups, 39U);
+    expect_holds("three", ram_);
+    expect_holds("four", ram_);
+  }
+  // A group of which that is wrong: the state has it as it was.
+  KnownGroups wrong = groups;
+  for (const uint64_t group : {10U, 5U}) {
+    wrong[0][group].reset();
+  }
+  const auto lie = save("lie", "one", 2, &wrong);
+  ASSERT_TRUE(lie) << lie.error().message;
+  EXPECT_NE(lie->checksum, expected->checksum);
+  EXPECT_EQ(qcow2::test::check_complaint(path_), "");
 }
 
 TEST_F(BaseStateTest, IsReplacedByTheOneOnIt) {
