@@ -36,7 +36,8 @@ struct AreaRun {
   uint64_t stream_end() const { return stream_first + count; }
 };
 
-/// Where in `runs` (ascending, without gaps) a range of the stream lies, all of which is in them.
+/// Adds to `runs` where a range of the stream lies in the file. `area` is ascending, without gaps,
+/// and has all of the range.
 void find_host_runs(std::span<const AreaRun> area, const Geometry &geometry,
                     const io::StreamRange &range, std::vector<io::HostRun> &runs);
 
